@@ -1,0 +1,1 @@
+"""Linux mounting in plain Python: system calls, namespaces, probes. Knows nothing of what is above it."""

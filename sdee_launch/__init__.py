@@ -1,0 +1,1 @@
+"""Environments, instances, the daemon and login, deployment and Slurm: the command `sdee`."""

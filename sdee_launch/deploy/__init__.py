@@ -1,0 +1,1 @@
+"""Deployment of an upper to nodes: manifest, package, cache, transports."""

@@ -1,0 +1,1 @@
+"""All that is Slurm's: plugin, hooks, client commands."""

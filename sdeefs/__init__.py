@@ -1,0 +1,1 @@
+"""A two-layer copy-on-write union filesystem in userspace, with overlayfs's formats and options."""

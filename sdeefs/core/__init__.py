@@ -1,0 +1,1 @@
+"""The union filesystem itself: layers, nodes, copy-up, handles. Synchronous, without FUSE."""
