@@ -6,12 +6,13 @@ import os
 import pwd
 import signal
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from mount_helpers import syscalls
 
 
-class IdRange(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class IdRange:
     """`count` ids: `inside` is the first within the namespace, `outside` the first beyond it."""
 
     inside: int

@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
+from mount_helpers.namespaces import IdRange
 
-class IdRange(NamedTuple):
-    """`count` ids: `inside` is the first as merged shows it, `outside` the first as the layer has it.
-
-    The spelling of fuse-overlayfs: `uidmap=INSIDE:OUTSIDE:COUNT[:INSIDE:OUTSIDE:COUNT…]`.
-    """
-
-    inside: int
-    outside: int
-    count: int
-
-
+#: Ranges of ids: `inside` as merged shows them, `outside` as the layer has them. Spelt as by
+#: fuse-overlayfs: `uidmap=INSIDE:OUTSIDE:COUNT[:INSIDE:OUTSIDE:COUNT…]`.
 IdMap = tuple[IdRange, ...]
 
 
