@@ -18,6 +18,10 @@ import pytest
 # The packages are those that are installed; only `tests.*` comes from this checkout.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
+#: While this file exists (or SDEE_TESTS_SHARED is set) several runs share the machine: left-overs
+#: can't be told from the others' work, and users are kept.
+SHARED = Path("/run/sdee-tests-shared")
+
 #: Mounts of these types that a test leaves behind are ours.
 OUR_TYPES = ("fuse.sdeefs", "overlay")
 
@@ -30,6 +34,10 @@ class User:
     uid: int
     gid: int
     home: Path
+
+
+def _shared() -> bool:
+    return bool(os.environ.get("SDEE_TESTS_SHARED")) or SHARED.exists()
 
 
 def _mounts() -> set[tuple[str, str]]:
@@ -75,12 +83,11 @@ def _abort(point: str) -> None:
 def no_left_overs(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that leaves a mount or a process of ours behind fails, and it is cleaned away.
 
-    Rooms with servers that outlive one test mark them `keeps_servers` by their own fixtures'
-    scope: what was there before the test may be there after it.
+    What was there before the test (a room's own server or cluster) may be there after it.
     """
     mounts, processes = _mounts(), set(_our_processes())
     yield
-    if os.environ.get("SDEE_TESTS_SHARED"):  # several runs at once on one machine: can't tell
+    if _shared():
         return
     deadline = time.monotonic() + 20
     while True:
@@ -135,7 +142,7 @@ def _user(name: str, uid: int, subordinate: int) -> Iterator[User]:
     try:
         yield user
     finally:
-        if not os.environ.get("SDEE_TESTS_SHARED"):
+        if not _shared():
             _remove_user(user)
 
 
