@@ -1,0 +1,62 @@
+"""Trees to measure on, made once per scratch directory."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from pathlib import Path
+
+
+def _made(path: Path) -> bool:
+    return (path.parent / f"{path.name}.made").exists()
+
+
+def _done(path: Path) -> None:
+    (path.parent / f"{path.name}.made").touch()
+
+
+def tree(path: Path, files: int, seed: int = 1) -> Path:
+    """A source-like tree: `files` small files (about 2 kB each), 25 in a directory, 3 deep."""
+    if _made(path):
+        return path
+    generator = random.Random(seed)
+    text = bytes(generator.choices(b"abcdefghij klmnop\n", k=16384))
+    for number in range(files):
+        directory = path / f"d{number // 2500}" / f"d{number // 250 % 10}" / f"d{number // 25 % 10}"
+        if number % 25 == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+        start = generator.randrange(8192)
+        (directory / f"file{number}.txt").write_bytes(text[start : start + 1 + start // 2])
+    _done(path)
+    return path
+
+
+def archive(path: Path, source: Path) -> Path:
+    """A tar of `source`."""
+    if not _made(path):
+        subprocess.run(["tar", "-C", str(source), "-cf", str(path), "."], check=True)
+        _done(path)
+    return path
+
+
+def repository(path: Path, source: Path) -> Path:
+    """A git repository whose work tree is a copy of `source`."""
+    if _made(path):
+        return path
+    subprocess.run(["cp", "-a", str(source), str(path)], check=True)
+    git = ["git", "-C", str(path), "-c", "user.name=perf", "-c", "user.email=perf@localhost"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *words], check=True)
+    _done(path)
+    return path
+
+
+def data_file(path: Path, size: int) -> Path:
+    """A file of `size` bytes that doesn't compress."""
+    if not _made(path):
+        with path.open("wb") as file:
+            generator = random.Random(2)
+            for _ in range(size >> 20):
+                file.write(generator.randbytes(1 << 20))
+        _done(path)
+    return path
