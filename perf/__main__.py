@@ -92,7 +92,7 @@ def _measure(suite: str, arguments: argparse.Namespace, scratch: Path, command: 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit status."""
-    arguments = parser().parse_args(words)
+    arguments = parser().parse_intermixed_args(words)
     command = "python -m perf " + " ".join(words if words is not None else sys.argv[1:])
     if arguments.suite == "publish":
         if not arguments.page:

@@ -15,7 +15,7 @@ This module is on the path of `sdee run`, so it imports only what the interprete
 
 from __future__ import annotations
 
-import _json  # type: ignore[import-not-found]
+import _json
 import _socket
 import os
 
@@ -60,7 +60,7 @@ class _Decoding:
         raise ValueError(f"{word} in a message")
 
 
-_scan = _json.make_scanner(_Decoding)
+_scan = _json.make_scanner(_Decoding)  # type: ignore[arg-type]
 _quote = _json.encode_basestring_ascii
 
 
