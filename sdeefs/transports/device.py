@@ -1,0 +1,142 @@
+"""The device transport: threads that read requests from /dev/fuse and write the answers, in Python.
+
+Each thread has a descriptor of its own (FUSE_DEV_IOC_CLONE), so that they don't meet on one queue
+of answers. They block in read(2), where the kernel wakes exactly one for each request; `stop()`
+wakes them by having the kernel send each a request.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import os
+import threading
+
+from sdeefs.transports import wire
+from sdeefs.transports.connection import GONE, Connection, error_number, note_reply_failed
+from sdeefs.transports.mount_device import open_device
+from sdeefs.transports.requests import Stop
+
+log = logging.getLogger(__name__)
+
+_WRITE = int(wire.Opcode.WRITE)
+#: Answers longer than this are written from two buffers, not copied into one.
+_JOIN = 4096
+
+
+def clone_device(device: int) -> int:
+    """One more descriptor of the same connection, with a queue of its own for answers."""
+    try:
+        clone = open_device()
+    except OSError:  # none in this root: the same queue has to do
+        return os.dup(device)
+    try:
+        fcntl.ioctl(clone, wire.DEV_IOC_CLONE, wire.BACKING_ID.pack(device))
+    except OSError:
+        os.close(clone)
+        return os.dup(device)
+    return clone
+
+
+class DeviceTransport(Connection):
+    """See the module; the methods are those of `transport.Transport`."""
+
+    name = "device"
+
+    def run(self) -> None:
+        """Serve until the mount is gone or `stop()`; then every descriptor of ours is closed, by
+        which the kernel aborts the connection if it is still there."""
+        try:
+            if self._agreement is None:
+                self.negotiate()
+            for _ in range(1, max(1, self._options.threads)):
+                self._descriptors.append(clone_device(self._fd))
+            threads = [
+                threading.Thread(target=self._serve, args=(fd,), name=f"device-{i}", daemon=True)
+                for i, fd in enumerate(self._descriptors[1:], 1)
+            ]
+            for thread in threads:
+                thread.start()
+            self._serve(self._fd)
+            for thread in threads:
+                thread.join()
+        finally:
+            self._wind_up()
+
+    def stop(self) -> None:
+        with self._ending:
+            if self._stopping.is_set() or self._over.is_set():
+                return
+            self._stopping.set()
+            try:
+                for _ in range(max(1, self._options.threads)):
+                    os.write(self._fd, wire.retrieve(1))
+            except OSError as error:
+                if error.errno not in (*GONE, errno.ENOENT):
+                    log.error("can't stop: %s", error.strerror)
+
+    def _notify_reply(self) -> None:
+        if self._stopping.is_set():
+            raise Stop
+
+    def _drop(self, unique: int) -> None:
+        for fd in self._descriptors:
+            try:
+                os.write(fd, wire.OUT_HEADER.pack(16, -errno.EINTR, unique))
+                return
+            except OSError:
+                continue  # ENOENT: the request came through another descriptor
+
+    def _serve(self, fd: int) -> None:
+        buffer = bytearray(max(wire.MIN_READ_BUFFER, self._max_write + 4096))
+        view = memoryview(buffer)
+        buffers = [buffer]
+        table, counts = self._handlers, self._new_counts()
+        unpack, pack = wire.IN_HEADER.unpack_from, wire.OUT_HEADER.pack
+        readv, write, writev = os.readv, os.write, os.writev
+        while True:
+            try:
+                length = readv(fd, buffers)
+            except OSError as error:
+                if error.errno in (errno.ENOENT, errno.EAGAIN, errno.EINTR):
+                    continue  # ENOENT: the request was interrupted while it was handed over
+                if error.errno not in GONE:
+                    log.error("reading requests: %s", error.strerror)
+                return
+            _, opcode, unique, node, uid, gid, pid, _, _ = unpack(buffer)
+            try:
+                counts[opcode] += 1
+                # What is written stays in the buffer until it is done; all else is copied out.
+                body = view[40:length]
+                reply = table[opcode](
+                    node,
+                    body if opcode == _WRITE else bytes(body),
+                    uid,
+                    gid,
+                    pid,
+                )
+                if type(reply) is bytes:
+                    if len(reply) <= _JOIN:
+                        write(fd, pack(16 + len(reply), 0, unique) + reply)
+                    else:
+                        writev(fd, (pack(16 + len(reply), 0, unique), reply))
+                    continue
+                if reply is not None:
+                    self._later(fd, unique, pid, reply)
+                continue
+            except OSError as error:
+                number = error_number(error)
+            except Stop:
+                return
+            except IndexError:
+                number = errno.ENOSYS if opcode >= wire.OPCODES else errno.EIO
+                if number == errno.EIO:
+                    log.exception("request %d failed", opcode)
+            except Exception:
+                log.exception("request %d failed", opcode)
+                number = errno.EIO
+            try:
+                write(fd, pack(16, -number, unique))
+            except OSError as error:
+                note_reply_failed(error)
