@@ -1,0 +1,65 @@
+"""What this node's Slurm says of itself: slurm.conf read as far as we need it."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+#: Where Debian, RHEL and hand-made installations keep it.
+DIRECTORIES = ("/etc/slurm", "/etc/slurm-llnl", "/usr/local/etc/slurm", "/run/slurm/conf")
+
+#: The client commands that a user types.
+COMMANDS = (
+    "srun", "sbatch", "salloc", "squeue", "scancel", "sinfo", "sacct", "scontrol", "sattach",
+    "sbcast", "sprio", "sstat", "sshare", "strigger", "sacctmgr", "sreport", "scrontab",
+)  # fmt: skip
+
+_BIN_DIRECTORIES = ("/usr/bin", "/usr/local/bin", "/opt/slurm/bin")
+
+
+def directory() -> Path | None:
+    """The directory of slurm.conf, or None where there is no Slurm."""
+    named = os.environ.get("SLURM_CONF")
+    if named:
+        return Path(named).parent
+    for place in DIRECTORIES:
+        if os.path.exists(os.path.join(place, "slurm.conf")):
+            return Path(place)
+    return None
+
+
+def parse(text: str) -> dict[str, str]:
+    """The parameters of a slurm.conf by lower-case name; of one given twice, the last."""
+    found: dict[str, str] = {}
+    for line in text.replace("\\\n", " ").splitlines():
+        line = line.split("#", 1)[0].strip()
+        name, equals, value = line.partition("=")
+        if equals:
+            found[name.strip().lower()] = value.strip()
+    return found
+
+
+def read() -> dict[str, str]:
+    """The parameters of this node; empty where there is no Slurm. Raises OSError."""
+    place = directory()
+    return parse((place / "slurm.conf").read_text(errors="replace")) if place else {}
+
+
+def spool_directory(parameters: dict[str, str]) -> str:
+    """SlurmdSpoolDir of this node: there lie batch scripts, and PMIx meets its clients."""
+    host = socket.gethostname().split(".")[0]
+    pattern = parameters.get("slurmdspooldir", "/var/spool/slurmd")
+    return pattern.replace("%n", host).replace("%h", host)
+
+
+def commands() -> dict[str, str]:
+    """Name -> path of the client commands on this node."""
+    found = {}
+    for name in COMMANDS:
+        for place in _BIN_DIRECTORIES:
+            path = os.path.join(place, name)
+            if os.access(path, os.X_OK):
+                found[name] = path
+                break
+    return found

@@ -1,0 +1,111 @@
+"""Prolog and Epilog: `python -I -m sdee_launch.slurm.hook prolog|epilog`, as root, by slurmd.
+
+A Prolog that fails would drain the node. So it never does: what went wrong is written where the
+job's steps find it, and told to the controller, so that no node of the job starts it.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+
+from sdee_launch import protocol
+from sdee_launch.slurm import records
+
+#: A daemon that is restarting is waited for this long.
+PATIENCE = 20.0
+
+
+def _request(op: str, **fields: object) -> dict[str, object]:
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return protocol.request(op, **fields)[0]  # type: ignore[arg-type]
+        except protocol.Unavailable:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def _restarts(job: int) -> int:
+    """How often the job was requeued."""
+    shown = subprocess.run(
+        ["scontrol", "show", "job", "-o", str(job)],
+        capture_output=True, text=True, timeout=60, check=False,
+    ).stdout  # fmt: skip
+    for word in shown.split():
+        if word.startswith("Restarts="):
+            return int(word[9:])
+    return 0
+
+
+def note(node: str, reason: str, restarts: int) -> str:
+    """The text in the job's AdminComment; the plugin knows it by its first word.
+
+    A job that was requeued still has the note of its last run: the count tells them apart.
+    """
+    again = f" (restart {restarts})" if restarts else ""
+    return f"sdee: {node}: {' '.join(reason.split())[:400]}{again}"
+
+
+def _tell_controller(job: int, node: str, reason: str) -> None:
+    try:
+        text = note(node, reason, _restarts(job))
+        subprocess.run(
+            ["scontrol", "update", f"JobId={job}", f"AdminComment={text}"],
+            timeout=60, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"sdee: the controller was not told: {error}", file=sys.stderr)
+
+
+def prolog(environment: Mapping[str, str]) -> int:
+    """Have the job's instance made on this node."""
+    reference = environment.get("SPANK_SDEE_REF")
+    if not reference:
+        return 0
+    job, uid = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_JOB_UID"])
+    node = environment.get("SLURMD_NODENAME") or os.uname().nodename
+    wanted = {
+        name[len("SPANK_SDEE_") :].lower(): value
+        for name, value in environment.items()
+        if name.startswith("SPANK_SDEE_")
+    }
+    try:
+        _request("job-prepare", job=job, uid=uid, node=node, wanted=wanted)
+        return 0
+    except protocol.Refused as error:
+        reason = str(error)
+    except protocol.Unavailable as error:
+        reason = f"no sdeed on the node: {error}"
+    if records.read(job) is None:
+        records.write(records.Record(job, uid, reference, failure=reason))
+    print(f"sdee: job {job}: {reason}", file=sys.stderr)
+    _tell_controller(job, node, reason)
+    return 0
+
+
+def epilog(environment: Mapping[str, str]) -> int:
+    """Have it ended. Twice, and without a Prolog, is harmless."""
+    job = int(environment["SLURM_JOB_ID"])
+    if records.read(job) is None:
+        return 0
+    try:
+        _request("job-end", job=job)
+    except (protocol.Refused, protocol.Unavailable) as error:
+        # What is left is removed at sdeed's next start; a node must not be lost for it.
+        print(f"sdee: job {job}: {error}", file=sys.stderr)
+    return 0
+
+
+def main() -> int:
+    """Entry point."""
+    os.environ.setdefault("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+    return {"prolog": prolog, "epilog": epilog}[sys.argv[1]](os.environ)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""`sdee install --slurm`: build the plugin, and tell Slurm of plugin, Prolog and Epilog."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+from sdee_launch.slurm import identity
+
+PLUGIN = "spank_sdee.so"
+#: What slurm.conf must say. DeferBatch: a batch job starts when all its nodes are ready.
+FLAGS = ("Alloc", "Contain", "DeferBatch")
+_BEGIN, _END = "# sdee: begin", "# sdee: end"
+
+
+class InstallError(Exception):
+    """Why the Slurm part can't be installed, and what to do."""
+
+
+def _compile(source: str, target: Path, options: list[str]) -> None:
+    text = resources.files("sdee_launch.slurm").joinpath(source).read_bytes()
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        done = subprocess.run(
+            ["gcc", "-O2", "-Wall", *options, "-x", "c", "-", "-o", str(temporary)],
+            input=text, capture_output=True, timeout=120, check=False,
+        )  # fmt: skip
+    except FileNotFoundError:
+        raise InstallError("no gcc on this machine: install gcc and libslurm-dev") from None
+    if done.returncode:
+        message = done.stderr.decode(errors="replace")
+        if "slurm/spank.h" in message:
+            raise InstallError("no slurm/spank.h: install libslurm-dev (or slurm-devel)")
+        raise InstallError(f"{source} does not compile:\n{message}")
+    temporary.chmod(0o755)
+    os.replace(temporary, target)
+
+
+def build(directory: Path) -> list[Path]:
+    """Compile plugin and client program into `directory`; plugins are for one Slurm release."""
+    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    plugin, client = directory / PLUGIN, directory / identity.CLIENT
+    _compile("spank_sdee.c", plugin, ["-shared", "-fPIC"])
+    _compile("slurm_client.c", client, [])
+    return [plugin, client]
+
+
+def write_hooks(directory: Path, python: str = sys.executable) -> list[Path]:
+    """The scripts that slurmd calls; a job without an environment costs one shell."""
+    prolog, epilog = directory / "sdee-prolog", directory / "sdee-epilog"
+    for path, test in (
+        (prolog, '[ -n "$SPANK_SDEE_REF" ] || exit 0'),
+        (epilog, '[ -e "/run/sdee/jobs/$SLURM_JOB_ID" ] || exit 0'),
+    ):
+        word = path.name.removeprefix("sdee-")
+        path.write_text(f"#!/bin/sh\n{test}\nexec {python} -I -m sdee_launch.slurm.hook {word}\n")
+        path.chmod(0o755)
+    return [prolog, epilog]
+
+
+def plugstack_line(directory: Path, python: str = sys.executable) -> str:
+    """`required`: with `optional`, a task would run outside when the plugin fails."""
+    return f"required {directory / PLUGIN} python={python}"
+
+
+def slurm_conf_lines(directory: Path) -> list[str]:
+    """What slurm.conf needs on every machine."""
+    return [
+        f"PrologFlags={','.join(FLAGS)}",
+        f"Prolog={directory / 'sdee-prolog'}",
+        f"Epilog={directory / 'sdee-epilog'}",
+    ]
+
+
+def with_block(text: str, lines: list[str]) -> str:
+    """`text` with our block of lines as its last, and no other block of ours."""
+    bare = re.sub(rf"{_BEGIN}\n.*?{_END}\n?", "", text, flags=re.DOTALL)
+    if not lines:
+        return bare
+    if bare and not bare.endswith("\n"):
+        bare += "\n"
+    return bare + "\n".join([_BEGIN, *lines, _END]) + "\n"
+
+
+def install(
+    conf_directory: Path = Path("/etc/slurm"),
+    library: Path = Path(identity.LIBRARY),
+    write: bool = True,
+    python: str = sys.executable,
+) -> list[str]:
+    """Do it, or (`write` false) say what would be to do; returns what to print. Idempotent.
+
+    Raises InstallError.
+    """
+    plugstack, slurm_conf = conf_directory / "plugstack.conf", conf_directory / "slurm.conf"
+    stack, lines = plugstack_line(library, python), slurm_conf_lines(library)
+    if not write:
+        return [
+            f"{library}: build {PLUGIN}, {identity.CLIENT}, sdee-prolog, sdee-epilog",
+            f"{plugstack}:", f"    {stack}",
+            f"{slurm_conf} (the same on all machines):", *(f"    {line}" for line in lines),
+        ]  # fmt: skip
+    said = [f"built {path}" for path in build(library)]
+    said += [f"wrote {path}" for path in write_hooks(library, python)]
+    conf_directory.mkdir(parents=True, exist_ok=True)
+    old = plugstack.read_text() if plugstack.exists() else ""
+    new = with_block(old, [stack])
+    if new != old:
+        plugstack.write_text(new)
+        said.append(f"{plugstack}: {stack}")
+    taken = _taken(slurm_conf.read_text() if slurm_conf.exists() else "")
+    if slurm_conf.exists() and not taken:
+        old = slurm_conf.read_text()
+        new = with_block(old, lines)
+        if new != old:
+            slurm_conf.write_text(new)
+            said += [f"{slurm_conf}: {line}" for line in lines]
+    else:
+        why = f"it sets {', '.join(taken)} already" if taken else "there is none"
+        said += [f"{slurm_conf} is left alone ({why}); it needs:", *(f"    {x}" for x in lines)]
+    said.append("then: scontrol reconfigure, on the controller")
+    return said
+
+
+def _taken(text: str) -> list[str]:
+    """Parameters of ours that slurm.conf sets outside our block."""
+    ours = ("prolog", "epilog", "prologflags")
+    found = []
+    for line in with_block(text, []).splitlines():
+        name = line.split("#", 1)[0].partition("=")[0].strip()
+        if name.lower() in ours:
+            found.append(name)
+    return found
+
+
+def uninstall(
+    conf_directory: Path = Path("/etc/slurm"), library: Path = Path(identity.LIBRARY)
+) -> list[str]:
+    """Take all of it away; returns what to print. Idempotent."""
+    said = []
+    for path in (conf_directory / "plugstack.conf", conf_directory / "slurm.conf"):
+        if path.exists():
+            old = path.read_text()
+            new = with_block(old, [])
+            if new != old:
+                path.write_text(new)
+                said.append(f"{path}: our lines removed")
+    for name in (PLUGIN, identity.CLIENT, "sdee-prolog", "sdee-epilog"):
+        path = library / name
+        if path.exists():
+            path.unlink()
+            said.append(f"removed {path}")
+    return said
