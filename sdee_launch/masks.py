@@ -47,6 +47,9 @@ class Rule:
     public: tuple[str, ...] = stand_ins.PUBLIC
 
 
+RULE = Rule()
+
+
 @dataclass(frozen=True)
 class Node:
     """One object of a mask tree."""
@@ -60,7 +63,7 @@ class Node:
 
 
 def plan(
-    hidden: Iterable[Hidden], kind: str, rule: Rule = Rule(), root: str = "/"
+    hidden: Iterable[Hidden], kind: str, rule: Rule = RULE, root: str = "/"
 ) -> dict[bytes, Node]:
     """The nodes of a mask for one user, by path, parents first, without doing anything.
 
@@ -198,7 +201,7 @@ def _with_secret(ranges: Sequence[IdRange]) -> list[IdRange]:
 class Masks:
     """The scan in force and the trees made of it, in one directory that only root may enter."""
 
-    def __init__(self, directory: str = DIRECTORY, rule: Rule = Rule()) -> None:
+    def __init__(self, directory: str = DIRECTORY, rule: Rule = RULE) -> None:
         self.directory = directory
         self.rule = rule
         self._scan: tuple[Hidden, ...] | None = None

@@ -1,0 +1,180 @@
+"""The processes of the daemon that make instances: one for each user, with one thread and no loop.
+
+The daemon's loop never forks and never touches what belongs to a user. Before it starts it forks a
+template; the template forks a keeper for a user at the first request, and the keeper serves that
+user alone, so that what hangs (an upper on a dead file server) hangs nobody else. What a keeper has
+prepared for its user, such as the idmapped lower, stays open in it for the next instance.
+
+A request is a frame of protocol.py with the descriptors that belong to it; the first is a socket for
+the answer. `make` is done by the keeper itself, one after the other; `call` in a child of it. A
+keeper ends when the daemon closes its socket or dies; instances live on.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+
+from sdee_launch import protocol
+
+#: The most bytes of a request to a keeper or of its answer.
+MAX_MESSAGE = 8 * 1024 * 1024
+
+Answer = tuple[dict[str, object], list[int]]
+
+
+def send(sock: socket.socket, message: dict[str, object], fds: list[int]) -> None:
+    """Send one frame with descriptors. Raises OSError, ValueError."""
+    data = protocol.frame(message, MAX_MESSAGE)
+    sent = sock.sendmsg([data], protocol.pack_descriptors(fds))
+    if sent < len(data):
+        sock.sendall(data[sent:])
+
+
+def receive(sock: socket.socket) -> tuple[dict[str, object], list[int]] | None:
+    """One frame and its descriptors; None at the end of the stream. Raises OSError, ValueError."""
+    head, ancillary, _, _ = sock.recvmsg(
+        4, socket.CMSG_SPACE(protocol.MAX_DESCRIPTORS * 4), socket.MSG_CMSG_CLOEXEC
+    )
+    fds = protocol.unpack_descriptors(ancillary)
+    try:
+        if not head:
+            return None
+        while len(head) < 4:
+            head += sock.recv(4 - len(head)) or _ended()
+        length = int.from_bytes(head, "big")
+        if length > MAX_MESSAGE:
+            raise ValueError(f"a message of {length} bytes")
+        data = bytearray()
+        while len(data) < length:
+            data += sock.recv(min(length - len(data), 1 << 20)) or _ended()
+        return protocol.decode(bytes(data)), fds
+    except BaseException:
+        for fd in fds:
+            os.close(fd)
+        raise
+
+
+def _ended() -> bytes:
+    raise OSError("the other side ended in the middle of a message")
+
+
+def start_template() -> tuple[int, socket.socket]:
+    """Fork the template; call it before there are threads. Gives its pid and the daemon's socket."""
+    ours, its = socket.socketpair()
+    pid = os.fork()
+    if pid:
+        its.close()
+        return pid, ours
+    try:
+        ours.close()
+        os.setsid()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_DFL)
+        _template(its)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+def _template(sock: socket.socket) -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are reaped by the kernel
+    while (got := receive(sock)) is not None:
+        _, fds = got
+        if not os.fork():
+            sock.close()
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            with socket.socket(fileno=fds[0]) as own:
+                _keeper(own)
+            os._exit(0)
+        for fd in fds:
+            os.close(fd)
+
+
+def _keeper(sock: socket.socket) -> None:
+    while True:
+        try:
+            got = receive(sock)
+        except ConnectionError:
+            return
+        if got is None:
+            return
+        message, fds = got
+        _reap()
+        with socket.socket(fileno=fds[0]) as answer_to:
+            if message["do"] == "make":
+                _answer(answer_to, make, message, fds[1:])
+            elif not os.fork():
+                try:
+                    sock.close()
+                    os.setsid()
+                    _answer(answer_to, call, message, fds[1:])
+                finally:
+                    os._exit(0)
+        for fd in fds[1:]:
+            os.close(fd)
+
+
+def _reap() -> None:
+    try:
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
+    except ChildProcessError:
+        pass
+
+
+def _answer(
+    answer_to: socket.socket,
+    work: Callable[[dict[str, object], list[int]], Answer],
+    message: dict[str, object],
+    fds: list[int],
+) -> None:
+    """Do the work and say what came of it: what an exception says is the answer then."""
+    out: list[int] = []
+    try:
+        reply, out = work(message, fds)
+        reply = {"ok": True, **reply}
+    except protocol.Refused as error:
+        reply = {"ok": False, "error": str(error), "kind": error.kind}
+    except OSError as error:
+        name = f"{error.filename!s}: " if error.filename else ""
+        text = f"{name}{error.strerror or error}"
+        reply = {"ok": False, "error": text, "kind": "failed", "errno": error.errno or 0}
+    except Exception as error:
+        traceback.print_exc(file=sys.stderr)
+        reply = {"ok": False, "error": f"{type(error).__name__}: {error}", "kind": "failed"}
+    try:
+        send(answer_to, reply, out)
+    except OSError:
+        # Nobody waits any more (the daemon died or gave up): an instance that nobody knows of ends.
+        pid = reply.get("init")
+        if isinstance(pid, int) and pid > 1:
+            os.kill(pid, signal.SIGKILL)
+    finally:
+        for fd in out:
+            os.close(fd)
+
+
+def call(message: dict[str, object], fds: list[int]) -> Answer:
+    """Call `module:function`, as the daemon named it, with keyword arguments and descriptors."""
+    module, _, name = str(message["target"]).partition(":")
+    function = getattr(importlib.import_module(module), name)
+    arguments = message.get("arguments")
+    assert isinstance(arguments, dict)
+    result = function(fds=fds, **arguments) if message.get("with_fds") else function(**arguments)
+    if isinstance(result, tuple):
+        return result
+    return {"result": result}, []
+
+
+def make(message: dict[str, object], fds: list[int]) -> Answer:
+    """Make an instance (keeper_make.py)."""
+    from sdee_launch.keeper_make import make as make_one
+
+    return make_one(message, fds)
