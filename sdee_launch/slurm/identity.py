@@ -10,24 +10,15 @@ scripts lie and PMIx keeps what its clients map.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 
 from sdee_launch.slurm import conf
+from sdee_launch.workload import Bind
 
 #: Where the real commands are, inside; slurm_client.c has the same word.
 REAL = "/run/sdee-clients"
 #: Where `sdee install --slurm` puts the programs; beside slurm.conf is tried, too.
 LIBRARY = "/usr/lib/sdee"
 CLIENT = "sdee-slurm-client"
-
-
-@dataclass(frozen=True, slots=True)
-class Bind:
-    """A path of the host shown in an instance."""
-
-    source: str
-    target: str
-    readonly: bool = False
 
 
 def client_program() -> str | None:

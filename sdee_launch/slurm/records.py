@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 DIRECTORY = Path("/run/sdee/jobs")
@@ -34,6 +34,14 @@ class Record:
     keep: bool = False
     #: The job's own upper and work directories lie below it.
     place: str = ""
+    node: str = ""
+    #: What the submit side gave to Prolog.
+    variables: dict[str, str] = field(default_factory=dict)
+
+
+def as_json(record: Record) -> dict[str, object]:
+    """For listings."""
+    return asdict(record)
 
 
 def write(record: Record, directory: Path = DIRECTORY) -> None:

@@ -163,7 +163,9 @@ class Cluster:
         for controller in Path("/sys/fs/cgroup").iterdir():
             if (controller / "cgroup.procs").exists() and controller.name in ("freezer", "memory"):
                 (controller / self.cgroup).mkdir(exist_ok=True)
-        self._switch = self._spawn(["unshare", "--net", "--kill-child", "--fork", "sleep", "infinity"], "switch")
+        self._switch = self._spawn(
+            ["unshare", "--net", "--kill-child", "--fork", "sleep", "infinity"], "switch"
+        )
         self._in_switch("true")
         self._in_switch("ip", "link", "add", "bridge", "type", "bridge")
         self._in_switch("ip", "link", "set", "bridge", "up")
@@ -199,7 +201,9 @@ class Cluster:
                 debug=self.debug,
             )
         )
-        (slurm / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\n")
+        (slurm / "cgroup.conf").write_text(
+            "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\n"
+        )
         (slurm / "plugstack.conf").write_text(self.plugstack)
         munge = lab / "etc-munge"
         munge.mkdir()
@@ -330,7 +334,9 @@ class Cluster:
             stdin=None if input is not None else subprocess.DEVNULL,
         )  # fmt: skip
         return Result(
-            done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+            done.returncode,
+            done.stdout.decode(errors="replace"),
+            done.stderr.decode(errors="replace"),
         )
 
     def words(
@@ -359,7 +365,12 @@ class Cluster:
         identity = (
             []
             if user == "root"
-            else ["setpriv", f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}", "--init-groups"]
+            else [
+                "setpriv",
+                f"--reuid={account.pw_uid}",
+                f"--regid={account.pw_gid}",
+                "--init-groups",
+            ]
         )
         return [
             *self.nodes[node].enter,
@@ -399,7 +410,9 @@ class Cluster:
             with contextlib.suppress(OSError):
                 lines = path.read_text(errors="replace").splitlines()[-40:]
                 if lines:
-                    print(f"--- {path.relative_to(self.directory)}", *lines, sep="\n", file=sys.stderr)
+                    print(
+                        f"--- {path.relative_to(self.directory)}", *lines, sep="\n", file=sys.stderr
+                    )
 
 
 @contextlib.contextmanager

@@ -9,7 +9,7 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-from sdee_launch.slurm import identity
+from sdee_launch.slurm import conf, identity
 
 PLUGIN = "spank_sdee.so"
 #: What slurm.conf must say. DeferBatch: a batch job starts when all its nodes are ready.
@@ -17,7 +17,7 @@ FLAGS = ("Alloc", "Contain", "DeferBatch")
 _BEGIN, _END = "# sdee: begin", "# sdee: end"
 
 
-class InstallError(Exception):
+class InstallError(OSError):
     """Why the Slurm part can't be installed, and what to do."""
 
 
@@ -86,16 +86,13 @@ def with_block(text: str, lines: list[str]) -> str:
     return bare + "\n".join([_BEGIN, *lines, _END]) + "\n"
 
 
-def install(
-    conf_directory: Path = Path("/etc/slurm"),
-    library: Path = Path(identity.LIBRARY),
-    write: bool = True,
-    python: str = sys.executable,
-) -> list[str]:
+def install(root: Path = Path("/"), write: bool = True, python: str = sys.executable) -> list[str]:
     """Do it, or (`write` false) say what would be to do; returns what to print. Idempotent.
 
     Raises InstallError.
     """
+    library = Path(identity.LIBRARY)
+    conf_directory = root / (conf.directory() or Path("/etc/slurm")).relative_to("/")
     plugstack, slurm_conf = conf_directory / "plugstack.conf", conf_directory / "slurm.conf"
     stack, lines = plugstack_line(library, python), slurm_conf_lines(library)
     if not write:
@@ -104,26 +101,31 @@ def install(
             f"{plugstack}:", f"    {stack}",
             f"{slurm_conf} (the same on all machines):", *(f"    {line}" for line in lines),
         ]  # fmt: skip
-    said = [f"built {path}" for path in build(library)]
-    said += [f"wrote {path}" for path in write_hooks(library, python)]
+    below = root / library.relative_to("/")
+    said = [f"built {path}" for path in build(below)]
+    said += [f"wrote {path}" for path in write_hooks(below, python)]
     conf_directory.mkdir(parents=True, exist_ok=True)
-    old = plugstack.read_text() if plugstack.exists() else ""
-    new = with_block(old, [stack])
-    if new != old:
-        plugstack.write_text(new)
+    if _put_block(plugstack, [stack]):
         said.append(f"{plugstack}: {stack}")
-    taken = _taken(slurm_conf.read_text() if slurm_conf.exists() else "")
-    if slurm_conf.exists() and not taken:
-        old = slurm_conf.read_text()
-        new = with_block(old, lines)
-        if new != old:
-            slurm_conf.write_text(new)
+    there = slurm_conf.exists()
+    taken = _taken(slurm_conf.read_text()) if there else []
+    if there and not taken:
+        if _put_block(slurm_conf, lines):
             said += [f"{slurm_conf}: {line}" for line in lines]
     else:
         why = f"it sets {', '.join(taken)} already" if taken else "there is none"
         said += [f"{slurm_conf} is left alone ({why}); it needs:", *(f"    {x}" for x in lines)]
-    said.append("then: scontrol reconfigure, on the controller")
+    said.append("then, on the controller: scontrol reconfigure")
     return said
+
+
+def _put_block(path: Path, lines: list[str]) -> bool:
+    """Whether the file had to be changed."""
+    old = path.read_text() if path.exists() else ""
+    new = with_block(old, lines)
+    if new != old:
+        path.write_text(new)
+    return new != old
 
 
 def _taken(text: str) -> list[str]:
@@ -137,20 +139,15 @@ def _taken(text: str) -> list[str]:
     return found
 
 
-def uninstall(
-    conf_directory: Path = Path("/etc/slurm"), library: Path = Path(identity.LIBRARY)
-) -> list[str]:
+def uninstall(root: Path = Path("/")) -> list[str]:
     """Take all of it away; returns what to print. Idempotent."""
     said = []
+    conf_directory = root / (conf.directory() or Path("/etc/slurm")).relative_to("/")
     for path in (conf_directory / "plugstack.conf", conf_directory / "slurm.conf"):
-        if path.exists():
-            old = path.read_text()
-            new = with_block(old, [])
-            if new != old:
-                path.write_text(new)
-                said.append(f"{path}: our lines removed")
+        if path.exists() and _put_block(path, []):
+            said.append(f"{path}: our lines removed")
     for name in (PLUGIN, identity.CLIENT, "sdee-prolog", "sdee-epilog"):
-        path = library / name
+        path = root / identity.LIBRARY.lstrip("/") / name
         if path.exists():
             path.unlink()
             said.append(f"removed {path}")

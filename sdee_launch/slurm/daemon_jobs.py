@@ -1,0 +1,267 @@
+"""The daemon's operations for jobs: submit, prepare, join, save, end.
+
+What touches files of a user is done by node.py, in a process beside the user's keeper.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from dataclasses import replace
+
+import trio
+
+from sdee_launch import instances
+from sdee_launch.daemon import Daemon
+from sdee_launch.daemon_ops import STARTERS, Reply, Request, operation
+from sdee_launch.daemon_requests import join_instance, owner_of
+from sdee_launch.protocol import Refused
+from sdee_launch.slurm import filters, identity, records
+
+log = logging.getLogger("sdeed")
+
+#: Seconds in which a generation must reach a node and be unpacked there.
+PREPARE_SECONDS = 1800.0
+#: The last reasons why jobs could not start here, newest last; for `sdee node`.
+ERRORS: list[dict[str, object]] = []
+
+_NODE = "sdee_launch.slurm.node"
+
+
+def _of_instance(daemon: Daemon, pid: int) -> instances.Record | None:
+    """The live instance that a process is in."""
+    try:
+        namespace = os.stat(f"/proc/{pid}/ns/pid").st_ino
+    except OSError:
+        return None
+    for record in daemon.registry.of():
+        try:
+            if os.stat(f"/proc/{record.init.pid}/ns/pid").st_ino == namespace:
+                return record
+        except OSError:
+            continue
+    return None
+
+
+@operation("job-submit", seconds=PREPARE_SECONDS)
+async def job_submit(daemon: Daemon, request: Request) -> Reply:
+    """Take a snapshot of the caller's environment, for a job; what its Prolog is to know."""
+    owner = await owner_of(request.uid)
+    environment = request.get("environment", str)
+    if not instances.valid_environment(environment):
+        raise Refused(f"{environment[:80]!r} is no name of an environment", "bad-request")
+    generation = request.get("generation", int, 0)
+    inside = _of_instance(daemon, request.pid)
+    if inside is not None and inside.uid == owner.uid and inside.job and not generation:
+        # Submitted by a job: its own upper is private, and gone before the new job starts.
+        known = records.read(inside.job)
+        if known is not None and known.reference.partition("@")[0] == environment:
+            return Reply({"variables": known.variables})
+    reply, _ = await daemon.call(
+        owner.uid,
+        f"{_NODE}:submit",
+        {
+            "uid": owner.uid,
+            "environment": environment,
+            "generation": generation,
+            "exclude": list(request.strings("exclude")),
+        },
+    )
+    result = _result(reply)
+    variables = dict(_mapping(result["variables"]))
+    if request.get("keep", bool, False):
+        variables["keep"] = "1"
+    return Reply({"variables": variables, "warning": result.get("warning", "")})
+
+
+@operation("job-prepare", admin=True, seconds=PREPARE_SECONDS)
+async def job_prepare(daemon: Daemon, request: Request) -> Reply:
+    """From Prolog: bring the generation here and make the job's instance."""
+    job, uid = request.get("job", int), request.get("uid", int)
+    node = request.get("node", str, os.uname().nodename)
+    variables = {name: str(value) for name, value in _mapping(request.fields.get("wanted")).items()}
+    reference = variables.get("ref", "")
+    record = records.Record(job, uid, reference, node=node, variables=variables)
+    started = time.monotonic()
+    try:
+        owner = await owner_of(uid)
+        if owner.uid == 0:
+            raise Refused("root has no environments: they are for users", "denied")
+        reply, _ = await daemon.call(
+            uid, f"{_NODE}:prepare", {"uid": uid, "job": job, "variables": variables}
+        )
+        prepared = _result(reply)
+        record = replace(
+            record, place=str(prepared["place"]), deployed=_integer(prepared["bytes"]),
+            keep=variables.get("keep") == "1",
+        )  # fmt: skip
+        live, fds = await join_instance(
+            daemon, owner, reference.partition("@")[0], variables.get("engine", "auto"),
+            job=job, options=_mapping(prepared["options"]),
+        )  # fmt: skip
+        for fd in fds:
+            os.close(fd)
+        record = replace(
+            record, init=live.init.pid, started=live.init.start, engine=live.engine,
+            seconds=round(time.monotonic() - started, 3),
+        )  # fmt: skip
+    except (Refused, OSError, KeyError) as error:
+        reason = str(error)
+        log.error("job %d of uid %d: %s", job, uid, reason)
+        ERRORS.append({"job": job, "uid": uid, "time": time.time(), "reason": reason})
+        del ERRORS[:-20]
+        failed = replace(record, failure=reason or type(error).__name__)
+        await trio.to_thread.run_sync(records.write, failed)
+        if failed.place:
+            await daemon.call(uid, f"{_NODE}:clear", {"place": failed.place})
+        raise Refused(reason) from None
+    await trio.to_thread.run_sync(records.write, record)
+    try:
+        await daemon.call(uid, f"{_NODE}:report", {"uid": uid, "job": job})
+    except Refused as error:  # the list of jobs is a comfort, no job fails for it
+        log.warning("job %d: no report: %s", job, error)
+    return Reply({"engine": record.engine, "bytes": record.deployed, "seconds": record.seconds})
+
+
+@operation("job-join", admin=True)
+async def job_join(daemon: Daemon, request: Request) -> Reply:
+    """From the plugin, for a step: the job's namespaces, and what its tasks must give up."""
+    job = request.get("job", int)
+    record = records.read(job)
+    if record is None:
+        raise Refused(f"job {job} has no environment on this node", "missing")
+    if record.failure:
+        raise Refused(f"{record.node}: {record.failure}")
+    process = instances.Process(record.init, record.started)
+    fds = instances.namespaces(process)
+    if fds is None:
+        raise Refused(f"the instance of the environment on {record.node} has ended", "missing")
+    live = daemon.registry.get(record.uid, f"job-{job}") or daemon.registry.get(
+        record.uid, f"job={job}"
+    )
+    guard = filters.of(live.extra if live is not None else {})
+    if guard.filter:
+        fds.append(guard.descriptor())
+    variables = {
+        **identity.environment(),
+        **guard.environment,
+        "SDEE_ENVIRONMENT": record.reference.partition("@")[0],
+        "SDEE_GENERATION": record.reference.partition("@")[2],
+        "SDEE_JOB": str(job),
+    }
+    return Reply(
+        {
+            "fds": ["user", "mnt", "pid", "root", "seccomp"][: len(fds)],
+            "bounding": f"{guard.bounding:x}",
+            "environment": "\n".join(f"{name}={value}" for name, value in variables.items()),
+        },
+        fds,
+    )
+
+
+@operation("job-save", seconds=PREPARE_SECONDS)
+async def job_save(daemon: Daemon, request: Request) -> Reply:
+    """Make a new generation of what the caller's job has, as it is now on this node."""
+    job = request.get("job", int, 0)
+    if not job:
+        inside = _of_instance(daemon, request.pid)
+        job = inside.job if inside is not None else 0
+    record = records.read(job) if job else None
+    if record is None or request.uid not in (0, record.uid):
+        raise Refused("no job of yours with an environment is on this node", "missing")
+    if record.failure:
+        raise Refused(f"job {job} has no instance here: {record.failure}")
+    reply, _ = await daemon.call(record.uid, f"{_NODE}:save", {"job": job})
+    return Reply(_result(reply))
+
+
+@operation("job-end", admin=True, seconds=PREPARE_SECONDS)
+async def job_end(daemon: Daemon, request: Request) -> Reply:
+    """From Epilog: end the instance and remove what the job wrote. Twice is harmless."""
+    job = request.get("job", int)
+    record = records.read(job)
+    if record is None:
+        return Reply({})
+    saved: dict[str, object] = {}
+    problem = ""
+    if record.keep and not record.failure:
+        try:
+            saved = _result((await daemon.call(record.uid, f"{_NODE}:save", {"job": job}))[0])
+        except Refused as error:
+            problem = str(error)
+            ERRORS.append({"job": job, "uid": record.uid, "time": time.time(), "reason": problem})
+    await _end(daemon, record)
+    if problem:
+        raise Refused(f"what job {job} wrote was not kept: {problem}")
+    return Reply(saved)
+
+
+async def _end(daemon: Daemon, record: records.Record) -> None:
+    process = instances.Process(record.init, record.started)
+    for live in daemon.registry.of(record.uid):
+        if live.job == record.job:
+            await daemon.end(live)
+    if record.init:
+        instances.kill(process)
+    if record.place:
+        await daemon.call(record.uid, f"{_NODE}:clear", {"place": record.place})
+    await trio.to_thread.run_sync(records.forget, record.job)
+
+
+@operation("job-node", admin=True)
+async def job_node(daemon: Daemon, request: Request) -> Reply:
+    """For `sdee node`: jobs on this node, caches, the last errors."""
+    reply, _ = await daemon.call(0, f"{_NODE}:caches", {})
+    return Reply(
+        {
+            "jobs": [records.as_json(record) for record in records.every()],
+            "caches": reply["result"],
+            "errors": list(ERRORS),
+        }
+    )
+
+
+async def clean_up(daemon: Daemon) -> None:
+    """At the daemon's start: what belongs to no job of this node's Slurm is removed.
+
+    A crashed node lost its instances and /run with them; what a job wrote is still on disk.
+    """
+    for record in records.every():
+        process = instances.Process(record.init, record.started)
+        if not record.failure and not process_alive(process):
+            # Slurm may still run the job: its next step must fail, not run outside.
+            await trio.to_thread.run_sync(
+                records.write, replace(record, failure="its instance ended with its daemon")
+            )
+    keep = [record.place for record in records.every() if record.place]
+    try:
+        await daemon.call(0, f"{_NODE}:clear_others", {"keep": keep})
+    except Refused as error:
+        log.error("what crashed jobs left was not removed: %s", error)
+
+
+STARTERS.append(clean_up)
+
+
+def process_alive(process: instances.Process) -> bool:
+    """Whether it is still there."""
+    fd = process.open()
+    if fd is None:
+        return False
+    os.close(fd)
+    return True
+
+
+def _result(reply: dict[str, object]) -> dict[str, object]:
+    return _mapping(reply.get("result"))
+
+
+def _mapping(value: object) -> dict[str, object]:
+    if not isinstance(value, dict):
+        raise Refused("not an object", "bad-request")
+    return value
+
+
+def _integer(value: object) -> int:
+    return value if isinstance(value, int) else 0

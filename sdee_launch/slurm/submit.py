@@ -1,0 +1,117 @@
+"""The plugin's helper on the submit side: which environment does this job get?
+
+`python -I -m sdee_launch.slurm.submit [--sdee NAME[@GENERATION]] [--exclude PATTERNS] [--keep]`
+prints NAME=VALUE lines, which the plugin hands to Prolog as SPANK_NAME; nothing if the job gets
+no environment. What is printed to stderr is the user's reason why the job isn't submitted.
+
+It imports little: an srun of a user without an environment must not feel it.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sdee_launch import protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """An environment by name, and by generation unless it is the present state."""
+
+    environment: str
+    generation: int | None = None
+
+
+class SubmitError(Exception):
+    """Why the job can't be submitted."""
+
+
+def parse_choice(text: str) -> Choice:
+    """NAME or NAME@GENERATION. Raises SubmitError."""
+    name, at, number = text.partition("@")
+    if not name or "/" in name or name.startswith("."):
+        raise SubmitError(f"--sdee={text}: no environment can have this name")
+    if not at:
+        return Choice(name)
+    if not number.isdigit():
+        raise SubmitError(f"--sdee={text}: after @ comes the number of a generation")
+    return Choice(name, int(number))
+
+
+def default_environment(home: str) -> str:
+    """The user's `[jobs] environment` in ~/.config/sdee/sdee.toml, or empty. Raises SubmitError."""
+    path = os.path.join(home, ".config/sdee/sdee.toml")
+    try:
+        with open(path, "rb") as file:
+            text = file.read()
+    except OSError:
+        return ""
+    if b"jobs" not in text:
+        return ""
+    import tomllib
+
+    try:
+        jobs = tomllib.loads(text.decode()).get("jobs", {})
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SubmitError(f"{path}: {error}") from None
+    name = jobs.get("environment", "") if isinstance(jobs, dict) else ""
+    if not isinstance(name, str):
+        raise SubmitError(f"{path}: jobs.environment is no name")
+    return name
+
+
+def choose(option: str | None, variables: dict[str, str]) -> Choice | None:
+    """The option, else the environment that we run in, else the user's default."""
+    if option == "no":
+        return None
+    if option:
+        return parse_choice(option)
+    inside = variables.get("SDEE_ENVIRONMENT")
+    if inside:
+        return parse_choice(inside)
+    name = default_environment(variables.get("HOME", "/"))
+    return parse_choice(name) if name and name != "no" else None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    option: str | None = None
+    exclude: list[str] = []
+    keep = False
+    while words:
+        word = words.pop(0)
+        if word == "--keep":
+            keep = True
+        elif word == "--sdee":
+            option = words.pop(0)
+        elif word == "--exclude":
+            exclude = [x for x in words.pop(0).split(",") if x]
+    try:
+        choice = choose(option, dict(os.environ))
+        if choice is None:
+            return 0
+        fields: dict[str, object] = {"environment": choice.environment, "exclude": exclude}
+        if choice.generation is not None:
+            fields["generation"] = choice.generation
+        if keep:
+            fields["keep"] = True
+        reply, _ = protocol.request("job-submit", **fields)  # type: ignore[arg-type]
+    except (SubmitError, protocol.Refused, protocol.Unavailable) as error:
+        print(f"sdee: {error}", file=sys.stderr)
+        return 1
+    warning = reply.get("warning")
+    if warning:
+        print(f"sdee: {warning}", file=sys.stderr)
+    variables = reply["variables"]
+    assert isinstance(variables, dict)
+    for name, value in variables.items():
+        print(f"SDEE_{name.upper()}={value}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,163 @@
+"""The test cluster with SDEE on every node: plugin, hooks, configuration and a sdeed each."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sdee_launch.slurm import install
+from tests.jobs.cluster_lab import PATIENCE, Cluster, Result, wait_for
+
+#: As nodes see it: the plugin, the hooks and the client program.
+LIBRARY = "/etc/slurm/sdee"
+
+SDEE_NODES = ("login1", "n1", "n2", "n3")
+
+
+@dataclass
+class SdeeCluster(Cluster):
+    """`with SdeeCluster() as cluster:` gives an idle cluster, ready for jobs in environments."""
+
+    configuration: str = ""
+    daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        library = Path(LIBRARY)
+        self.hooks = "\n".join(install.slurm_conf_lines(library))
+        self.plugstack = install.plugstack_line(library) + "\n"
+
+    def _write_etc(self) -> None:
+        super()._write_etc()
+        library = self.directory / "etc-slurm" / "sdee"
+        install.build(library)
+        install.write_hooks(library)
+        (self.directory / "etc-sdee" / "sdee.toml").write_text(self.configuration)
+
+    def __enter__(self) -> SdeeCluster:
+        super().__enter__()
+        try:
+            for node in SDEE_NODES:
+                self.start_daemon(node)
+            for node in SDEE_NODES:
+                self.wait_daemon(node)
+            self.wait_idle()
+        except BaseException as error:
+            self.__exit__(type(error), error, None)
+            raise
+        return self
+
+    # -- the daemons
+
+    def start_daemon(self, node: str) -> None:
+        """Start sdeed on a node."""
+        command = [sys.executable, "-I", "-m", "sdee_launch.daemon", "-v"]
+        words = self.words(node, command, timeout=3600)
+        # No timeout(1) around a daemon.
+        at = words.index("timeout")
+        words = [*words[:at], *words[at + 4 :]]
+        self.daemons[node] = self._spawn(words, f"sdeed-{node}")
+
+    def wait_daemon(self, node: str) -> None:
+        """Until it answers."""
+
+        def answers() -> bool:
+            process = self.daemons[node]
+            assert process.poll() is None, self.log(f"sdeed-{node}")
+            return self.run(node, ["sdee", "status"], timeout=60).code == 0
+
+        socket = Path(f"/proc/{self.nodes[node].init}/root/run/sdee/sdeed.sock")
+        wait_for(
+            lambda: socket.exists() or self.daemons[node].poll() is not None, f"sdeed on {node}"
+        )
+        wait_for(answers, f"sdeed on {node} answers")
+
+    def kill_daemon(self, node: str) -> None:
+        """SIGKILL to sdeed itself."""
+        pid = self.daemon_pid(node)
+        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.daemons[node].wait(PATIENCE)
+
+    def daemon_pid(self, node: str) -> int:
+        """The host's pid of sdeed on a node."""
+        outer = self.daemons[node].pid
+        # nsenter -p forks: the daemon is its only child, or itself.
+        children = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()
+        return int(children[0]) if children else outer
+
+    def _down(self) -> None:
+        super()._down()
+        for process in self.daemons.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+
+    # -- what is left
+
+    def processes(self, node: str) -> list[str]:
+        """Command lines of a node's processes but those of the cluster's own daemons."""
+        own = (
+            "slurmd",
+            "slurmctld",
+            "munged",
+            "sdeed",
+            "bash",
+            "sleep",
+            "ps",
+            "sdee_launch.daemon",
+        )
+        found = []
+        for line in self.run(node, ["ps", "-eo", "args", "--no-headers"]).ok().splitlines():
+            if not any(word in line.split(" ", 1)[0] or word in line for word in own):
+                found.append(line)
+        return found
+
+    def left_overs(self, node: str) -> dict[str, object]:
+        """All that a job may have left on a node; empty values are well."""
+        inner = self.run(
+            node, "ls -A /run/sdee/jobs 2>/dev/null; ls -A /var/lib/sdee/jobs 2>/dev/null"
+        )
+        mounts = self.run(node, ["cat", "/proc/self/mountinfo"]).ok()
+        ps = json.loads(self.run(node, ["sdee", "node", "--json"]).ok())
+        return {
+            "records": inner.out.split(),
+            "mounts": [x for x in mounts.splitlines() if " - overlay " in x or "fuse.sdeefs" in x],
+            "instances": ps["instances"],
+            "servers": [x for x in self.processes(node) if "sdeefs" in x],
+        }
+
+    def wait_clean(self, patience: float = PATIENCE) -> None:
+        """Until no compute node has anything left of any job."""
+        last: dict[str, object] = {}
+
+        def clean() -> bool:
+            last.clear()
+            for node in self.computes:
+                left = {key: value for key, value in self.left_overs(node).items() if value}
+                if left:
+                    last[node] = left
+                    return False
+            return True
+
+        try:
+            wait_for(clean, "nodes clean", patience)
+        except RuntimeError as error:
+            raise AssertionError(f"{error}: {last}") from None
+
+    def inside(
+        self,
+        command: str,
+        user: str,
+        environment: str = "default",
+        timeout: float = 150,
+        options: str = "",
+        env: dict[str, str] | None = None,
+    ) -> Result:
+        """Run a bash command line on the login node, inside the user's environment."""
+        words = ["sdee", "run", "--env", environment, *options.split(), "--", "bash", "-c", command]
+        return self.run("login1", words, user, timeout, env=env)

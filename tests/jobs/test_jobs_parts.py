@@ -1,0 +1,183 @@
+"""The parts of the job path that need no cluster."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sdee_launch import protocol
+from sdee_launch.slurm import conf, hook, identity, install, records, submit
+
+
+def test_slurm_conf_is_read_as_slurm_reads_it() -> None:
+    text = "# comment\nClusterName=x # more\nSlurmdSpoolDir=/var/spool/%n\nPROLOG=/a\nprolog=/b\n"
+    parameters = conf.parse(text)
+    assert parameters == {"clustername": "x", "slurmdspooldir": "/var/spool/%n", "prolog": "/b"}
+    assert conf.spool_directory(parameters) == f"/var/spool/{os.uname().nodename.split('.')[0]}"
+    assert conf.spool_directory({}) == "/var/spool/slurmd"
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [("main", submit.Choice("main")), ("a.b-c@17", submit.Choice("a.b-c", 17))],
+)
+def test_choice(text: str, choice: submit.Choice) -> None:
+    assert submit.parse_choice(text) == choice
+
+
+@pytest.mark.parametrize("text", ["", "@3", "a@", "a@x", "../a", ".hidden", "a/b"])
+def test_choice_refused_by_name(text: str) -> None:
+    with pytest.raises(submit.SubmitError, match="--sdee="):
+        submit.parse_choice(text)
+
+
+def test_who_decides(tmp_path: Path) -> None:
+    inside = {"SDEE_ENVIRONMENT": "main", "HOME": str(tmp_path)}
+    assert submit.choose("no", inside) is None
+    assert submit.choose("other@2", inside) == submit.Choice("other", 2)
+    assert submit.choose(None, inside) == submit.Choice("main")
+    assert submit.choose(None, {"HOME": str(tmp_path)}) is None
+    (tmp_path / ".config/sdee").mkdir(parents=True)
+    (tmp_path / ".config/sdee/sdee.toml").write_text('[jobs]\nenvironment = "mine"\n')
+    assert submit.choose(None, {"HOME": str(tmp_path)}) == submit.Choice("mine")
+    (tmp_path / ".config/sdee/sdee.toml").write_text("[jobs]\nenvironment = 3\n")
+    with pytest.raises(submit.SubmitError, match=r"jobs\.environment"):
+        submit.choose(None, {"HOME": str(tmp_path)})
+
+
+def test_submit_prints_what_prolog_is_to_know(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[dict[str, object]] = []
+
+    def request(op: str, **fields: object) -> tuple[dict[str, object], list[int]]:
+        asked.append({"op": op, **fields})
+        return {"variables": {"ref": "main@4", "keep": "1"}, "warning": "big"}, []
+
+    monkeypatch.setattr(protocol, "request", request)
+    assert submit.main(["--sdee", "main", "--exclude", "a,b/*,", "--keep"]) == 0
+    assert asked == [
+        {"op": "job-submit", "environment": "main", "exclude": ["a", "b/*"], "keep": True}
+    ]
+    out = capsys.readouterr()
+    assert out.out.splitlines() == ["SDEE_REF=main@4", "SDEE_KEEP=1"]
+    assert out.err == "sdee: big\n"
+
+
+def test_submit_without_daemon_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SDEED_SOCKET", str(tmp_path / "none"))
+    assert submit.main(["--sdee", "main"]) == 1
+    assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+def test_note_to_the_controller() -> None:
+    assert hook.note("n2", "no\nspace", 0) == "sdee: n2: no space"
+    assert hook.note("n2", "x" * 900, 3).endswith("x (restart 3)")
+    assert len(hook.note("n2", "x" * 900, 0)) < 500
+
+
+def test_prolog_of_a_plain_job_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "request", lambda *a, **k: pytest.fail("asked"))
+    assert hook.prolog({"SLURM_JOB_ID": "3", "SLURM_JOB_UID": "1"}) == 0
+
+
+def test_prolog_that_fails_never_drains_the_node(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its reason is where the steps look, and the controller knows."""
+    told: list[tuple[int, str, str]] = []
+    written: list[records.Record] = []
+
+    def refuse(op: str, **fields: object) -> object:
+        assert op == "job-prepare"
+        assert fields["wanted"] == {"ref": "main@1", "keep": "1"}
+        raise protocol.Refused("No space left on device")
+
+    monkeypatch.setattr(protocol, "request", refuse)
+    monkeypatch.setattr(hook, "_tell_controller", lambda *x: told.append(x))
+    monkeypatch.setattr(records, "read", lambda job: None)
+    monkeypatch.setattr(records, "write", written.append)
+    variables = {
+        "SPANK_SDEE_REF": "main@1", "SPANK_SDEE_KEEP": "1", "SLURM_JOB_ID": "7",
+        "SLURM_JOB_UID": "1234", "SLURMD_NODENAME": "n2",
+    }  # fmt: skip
+    assert hook.prolog(variables) == 0
+    assert told == [(7, "n2", "No space left on device")]
+    assert [(x.job, x.failure) for x in written] == [(7, "No space left on device")]
+
+
+def test_records(tmp_path: Path) -> None:
+    place = tmp_path / "jobs"
+    assert records.read(5, place) is None
+    assert list(records.every(place)) == []
+    good = records.Record(5, 1000, "main@3", init=42, started=7, variables={"ref": "main@3"})
+    bad = records.Record(6, 1000, "main@3", failure="no\n\nspace")
+    records.write(good, place)
+    records.write(bad, place)
+    assert (place / "5").read_text().splitlines()[0] == "ready"
+    assert (place / "6").read_text().splitlines()[0] == "failed no space"
+    assert list(records.every(place)) == [good, bad]
+    records.forget(5, place)
+    records.forget(5, place)
+    assert records.read(5, place) is None
+
+
+def test_install_writes_and_takes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conf, "DIRECTORIES", ("/etc/slurm",))
+    etc = tmp_path / "etc/slurm"
+    etc.mkdir(parents=True)
+    (etc / "slurm.conf").write_text("ClusterName=x\n")
+    (etc / "plugstack.conf").write_text("include /etc/slurm/plugstack.conf.d/*.conf")
+    before = {path: path.read_text() for path in etc.iterdir()}
+    first = install.install(tmp_path)
+    assert any("spank_sdee.so" in line for line in first)
+    after = {path: path.read_text() for path in etc.iterdir()}
+    assert "required /usr/lib/sdee/spank_sdee.so" in after[etc / "plugstack.conf"]
+    assert "PrologFlags=Alloc,Contain,DeferBatch\n" in after[etc / "slurm.conf"]
+    install.install(tmp_path)
+    assert after == {path: path.read_text() for path in etc.iterdir()}
+    library = tmp_path / identity.LIBRARY.lstrip("/")
+    plain = subprocess.run([library / "sdee-prolog"], check=False, timeout=20, env={})
+    assert plain.returncode == 0
+    install.uninstall(tmp_path)
+    now = {path: path.read_text().rstrip("\n") for path in etc.iterdir()}
+    assert now == {path: text.rstrip("\n") for path, text in before.items()}
+    assert list(library.iterdir()) == []
+    assert install.uninstall(tmp_path) == []
+
+
+def test_install_leaves_a_site_s_own_prolog_alone(tmp_path: Path) -> None:
+    etc = tmp_path / "etc/slurm"
+    etc.mkdir(parents=True)
+    (etc / "slurm.conf").write_text("ClusterName=x\nProlog=/site/prolog\n")
+    said = "\n".join(install.install(tmp_path))
+    assert "it sets Prolog already" in said
+    assert "Prolog=/usr/lib/sdee/sdee-prolog" in said
+    assert (etc / "slurm.conf").read_text() == "ClusterName=x\nProlog=/site/prolog\n"
+
+
+def test_client_program_runs_the_real_command_as_the_user(tmp_path: Path) -> None:
+    """uid 0 of a user namespace is mapped back in a nested one."""
+    real = tmp_path / "real"
+    real.mkdir()
+    (real / "squeue").write_text('#!/bin/sh\necho "$(id -u) $(id -g) $*"\n')
+    (real / "squeue").chmod(0o755)
+    source = Path(identity.__file__).with_name("slurm_client.c")
+    program = tmp_path / "squeue"
+    subprocess.run(["gcc", f'-DREAL="{real}"', "-o", program, source], check=True, timeout=60)
+    tmp_path.chmod(0o755)
+    for parent in list(tmp_path.parents)[:3]:
+        if parent != Path("/tmp"):
+            parent.chmod(0o755)
+    enter = ["setpriv", "--reuid=4321", "--regid=4322", "--clear-groups"]
+    for words in (
+        [*enter, "unshare", "--user", "--map-root-user", program, "-u", "me"],
+        [*enter, program, "-u", "me"],
+    ):
+        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.stdout, done.stderr) == ("4321 4322 -u me\n", "")
