@@ -1,0 +1,223 @@
+"""The command line of `sdeefs`: its parser, its help, and its exit codes.
+
+Each command's room is imported when it runs: `--help`, usage errors and `status` stay quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+OK, FAILURE, USAGE = 0, 1, 2
+
+_DESCRIPTION = """\
+A union filesystem in user space with overlayfs's formats: MERGED shows UPPER on top of LOWER, and
+every change goes to UPPER. An upper written by sdeefs mounts under the kernel's overlayfs with the
+same result, and the reverse.
+"""
+_EPILOG = """\
+exit status: 0 success, 1 failure (one line on standard error), 2 wrong usage.
+
+files:
+  /run/sdeefs, $XDG_RUNTIME_DIR/sdeefs   one socket, record and (when something is wrong) log
+                                         for each server
+examples:
+  sdeefs mount changes /usr view          see /usr in view; what is changed there lands in changes
+  sdeefs diff changes /usr                what was changed
+  sdeefs umount view
+  mount -t fuse.sdeefs sdeefs /view -o lowerdir=/usr,upperdir=/u,workdir=/w,allow_other
+"""
+_MOUNT = """\
+Mount UPPER over LOWER at MERGED and return when it is usable. The server runs on in the background
+and ends when MERGED is unmounted, by whatever means. Errors before that are printed here.
+
+Without UPPER and LOWER they are taken from -o: lowerdir alone mounts read-only.
+"""
+_OPTIONS = r"""
+options (-o NAME[=VALUE],...; `\,` is a comma and, in lowerdir, `\:` a colon of a path):
+  lowerdir=A[:B...]     the lower directories, the first on top
+  upperdir=DIR, workdir=DIR
+  userxattr             overlay xattrs as user.overlay.* (default without host privileges)
+  volatile              no fsync reaches upper: a crash of the machine may cost it
+  redirect_dir=on|follow|nofollow|off   renaming of lower directories (default on)
+  index=on|off          hard links of lower stay links after copy-up (default on)
+  xino=on|off|auto      inode numbers of several filesystems are made unique (default on)
+  metacopy=off, nfs_export=off, verity=off, uuid=...   understood; the other values are refused
+
+  uidmap=, gidmap=INSIDE:OUTSIDE:COUNT[:...]   ids of both layers; upper_uidmap=, upper_gidmap=,
+                        lower_uidmap=, lower_gidmap= those of one
+  squash_overflow       what belongs to nobody in this user namespace is shown as root's
+  override_stat=on|off|auto   ownership in user.containers.override_stat (default: where needed)
+  secrets=UID[:GID...]  what in lower is unreadable for others and for these ids stays unreadable
+
+  transport=auto|ring|device|pyfuse3   how requests reach us (default auto: the fastest there is)
+  passthrough=on|off|auto   the kernel reads and writes files itself (Linux >= 6.9, root)
+  writeback=on|off|auto     the kernel collects writes (where passthrough isn't taken)
+  watch=on|off|auto     fanotify tells of changes in lower (else they are seen within a second)
+  lower_timeout=, upper_timeout=, timeout=SECONDS   how long the kernel believes what it was told
+  whiteouts=auto|chardev|xattr|prefix   how deletions are written
+  noxattr               behave as on a filesystem without extended attributes
+  threads=N, max_directories=N
+
+  allow_other           other users may enter (default for root)
+  ro, nosuid, nodev, noexec, noatime, nodiratime, strictatime, nosymfollow and their opposites,
+  fsname=, subtype=, x-*, and what fstab adds (defaults, _netdev, nofail, auto, user, ...)
+"""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    raw = argparse.RawDescriptionHelpFormatter
+    top = argparse.ArgumentParser(
+        "sdeefs", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw, allow_abbrev=False
+    )
+    top.add_argument("--version", action="store_true", help="print the version")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND")
+
+    def command(
+        name: str, summary: str, description: str = "", epilog: str = ""
+    ) -> argparse.ArgumentParser:
+        return commands.add_parser(
+            name,
+            help=summary,
+            description=description or summary[0].upper() + summary[1:] + ".",
+            epilog=epilog,
+            formatter_class=raw,
+            allow_abbrev=False,
+        )
+
+    mount = command("mount", "mount UPPER over LOWER at MERGED", _MOUNT, _OPTIONS)
+    mount.add_argument("places", nargs="*", metavar="[UPPER LOWER] MERGED")
+    mount.add_argument(
+        "--workdir", metavar="DIR", help="on upper's filesystem (default: UPPER.work, made)"
+    )
+    mount.add_argument(
+        "--engine",
+        choices=("fuse", "auto", "kernel"),
+        default="fuse",
+        help="sdeefs itself, the kernel's overlayfs, or that where it works (default: fuse)",
+    )
+    mount.add_argument("--transport", choices=("auto", "ring", "device", "pyfuse3"))
+    mount.add_argument(
+        "-o", dest="options", action="append", default=[], metavar="OPTIONS", help="see below"
+    )
+    mount.add_argument("--source", help="what /proc/mounts shows as the source")
+    mount.add_argument("--sloppy", action="store_true", help="ignore unknown options")
+    mount.add_argument(
+        "-f", "--foreground", action="store_true", help="serve in this process, log to stderr"
+    )
+    mount.add_argument("--log-level", choices=("debug", "info", "warning", "error"))
+    mount.add_argument("--log-file", metavar="FILE", help="SIGHUP opens it anew")
+    mount.add_argument(
+        "-v", "--verbose", action="store_true", help="say which engine serves, and why"
+    )
+
+    umount = command(
+        "umount",
+        "unmount MERGED and wait for its server's end",
+        "Unmount MERGED and wait until its server has ended, so that UPPER is free again.",
+    )
+    umount.add_argument("merged", metavar="MERGED", nargs="+")
+    umount.add_argument("-l", "--lazy", action="store_true", help="even while it is in use")
+    umount.add_argument(
+        "--force", action="store_true", help="abort the connection of a server that hangs"
+    )
+
+    status = command(
+        "status",
+        "list mounts and what their servers do",
+        "For each mount: engine, transport, data path, requests served, nodes and descriptors\n"
+        "held, memory. A server that doesn't answer is listed as stuck.",
+    )
+    status.add_argument("merged", metavar="MERGED", nargs="?")
+    status.add_argument("--json", action="store_true")
+
+    diff = command(
+        "diff",
+        "list what UPPER changes in LOWER",
+        "One line for each difference, mounted or not:\n"
+        "  A added   C changed   D deleted   O opaque directory (hides all of lower's)\n"
+        "  T of another type   R directory moved from elsewhere in lower",
+    )
+    diff.add_argument("upper", metavar="UPPER")
+    diff.add_argument("lower", metavar="LOWER", nargs="+", help="topmost first")
+    diff.add_argument("--prefix-whiteouts", action="store_true", help="read .wh.NAME as deletions")
+    diff.add_argument("--no-owners", action="store_true", help="don't compare uids and gids")
+    diff.add_argument("--json", action="store_true")
+
+    fsck = command(
+        "fsck",
+        "check an unmounted UPPER",
+        "Look for left-over work files, broken whiteouts and opaque marks, overlay xattrs that\n"
+        "have no meaning here, and (with LOWER) redirects that lead nowhere.",
+    )
+    fsck.add_argument("upper", metavar="UPPER")
+    fsck.add_argument("lower", metavar="LOWER", nargs="*", help="topmost first")
+    fsck.add_argument("--workdir", metavar="DIR", help="default: UPPER.work")
+    fsck.add_argument("--repair", action="store_true", help="mend what can be mended")
+    fsck.add_argument("--json", action="store_true")
+
+    doctor = command(
+        "doctor",
+        "try what this kernel, machine and account can do",
+        "Try everything that sdeefs can use, with trial mounts on the filesystem of UPPER, and\n"
+        "say for each what was tried, whether it works, and how to mend it.",
+    )
+    doctor.add_argument("upper", metavar="UPPER", nargs="?", help="default: /var/tmp")
+    doctor.add_argument("--json", action="store_true")
+    return top
+
+
+_ROOMS = {
+    "mount": "sdeefs.mount_command",
+    "umount": "sdeefs.umount_command",
+    "status": "sdeefs.status",
+    "diff": "sdeefs.diff_command",
+    "fsck": "sdeefs.fsck_command",
+    "doctor": "sdeefs.doctor",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if (
+        len(words) >= 2
+        and not words[0].startswith("-")
+        and words[0] not in _ROOMS
+        and "-o" in words
+    ):
+        # `mount.fuse` of libfuse runs the type's own program as `sdeefs SOURCE MERGED -o …`.
+        words = ["mount", "--source", words[0], *words[1:]]
+    if words[:1] == ["serve"] and len(words) == 2:
+        from sdeefs.public import serve_command  # the process of `sdeefs.public.start_server()`
+
+        return serve_command(int(words[1]))
+    parsed = parser().parse_args(words)
+    if parsed.version:
+        import sdeefs
+
+        print(f"sdeefs {sdeefs.__version__}")
+        return OK
+    if parsed.command is None:
+        parser().print_help()
+        return USAGE
+    from sdeefs.options import UsageError
+    from sdeefs.refusals import Refused
+
+    try:
+        status = importlib.import_module(_ROOMS[parsed.command]).run(parsed)
+        sys.stdout.flush()
+        return int(status)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return FAILURE
+    except (UsageError, Refused, OSError, KeyboardInterrupt) as error:
+        from sdeefs.background import complaint
+
+        status, line = complaint(error)
+        print(f"sdeefs {parsed.command}: {line}", file=sys.stderr)
+        return status

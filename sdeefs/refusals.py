@@ -1,0 +1,294 @@
+"""What a mount is refused for, before anything is made: one line each that names the thing.
+
+The rules are overlayfs's: lower layers lie in no other layer, upper and workdir are separate
+directories of one filesystem, an upper belongs to one mount at a time. An upper *inside* its lower
+is fine: that is how a user's changes to `/` are kept in a home below it.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mount_helpers.mountinfo import Mount, mount_at, read_mounts
+from mount_helpers.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, umount2
+from sdeefs.options import Options, UsageError
+
+OUR_TYPE = "fuse.sdeefs"
+
+
+class Refused(Exception):
+    """Why there is no mount: one line for the caller, exit status 1."""
+
+
+def text(path: bytes) -> str:
+    """A path for a message: what can't be decoded is escaped."""
+    return path.decode("utf-8", "backslashreplace")
+
+
+def _directory(what: str, path: bytes, access: int) -> os.stat_result:
+    """Stat a layer, which must be a directory that we can use."""
+    try:
+        found = os.stat(path)
+    except OSError as error:
+        mend = {errno.ENOENT: " (create it first)", errno.ENOTCONN: " (a dead mount: unmount it)"}
+        raise Refused(
+            f"{what} {text(path)}: {error.strerror}{mend.get(error.errno or 0, '')}"
+        ) from None
+    if not stat.S_ISDIR(found.st_mode):
+        raise Refused(f"{what} {text(path)}: not a directory")
+    if not os.access(path, access, effective_ids=os.access in os.supports_effective_ids):
+        word = "writable" if access & os.W_OK else "readable"
+        raise Refused(f"{what} {text(path)}: not {word} for uid {os.geteuid()}")
+    return found
+
+
+def _key(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+def _ancestors(path: bytes) -> Iterator[tuple[int, int]]:
+    """The directories above a path, by device and inode, up to the root."""
+    path = os.path.realpath(path)
+    while path != b"/":
+        path = os.path.dirname(path)
+        try:
+            yield _key(os.stat(path))
+        except OSError:
+            return
+
+
+def default_work(upper: bytes) -> bytes:
+    """`UPPER.work`, beside upper and so on its filesystem."""
+    return os.path.realpath(upper) + b".work"
+
+
+def with_work(options: Options) -> Options:
+    """The same with `work` filled in; a default one is made, with the owner of upper."""
+    from dataclasses import replace
+
+    if options.upper is None or options.work is not None:
+        return options
+    _directory("upper", options.upper, os.R_OK | os.X_OK)
+    work = default_work(options.upper)
+    if not options.read_only:
+        try:
+            os.mkdir(work, 0o700)
+        except FileExistsError:
+            pass
+        except OSError as error:
+            raise Refused(
+                f"workdir {text(work)}: {error.strerror} (give another with --workdir, on the"
+                " filesystem of upper)"
+            ) from None
+    return replace(options, work=work)
+
+
+def check_layers(options: Options) -> None:
+    """Refuse layers that are missing, unusable, overlapping or on the wrong filesystem."""
+    if not options.lowers:
+        raise UsageError("no lower directory (lowerdir=) is given")
+    lowers = [(p, _directory("lower", p, os.R_OK | os.X_OK)) for p in options.lowers]
+    taken: dict[tuple[int, int], str] = {}
+    if options.upper is not None:
+        access = os.R_OK | os.X_OK | (0 if options.read_only else os.W_OK)
+        upper = _directory("upper", options.upper, access)
+        taken[_key(upper)] = f"upper {text(options.upper)}"
+        if options.work is not None and not options.read_only:
+            _check_work(options.upper, upper, options.work)
+            taken[_key(os.stat(options.work))] = f"workdir {text(options.work)}"
+    for path, found in lowers:
+        if _key(found) in taken:
+            raise Refused(f"lower {text(path)} and {taken[_key(found)]} are the same directory")
+        taken[_key(found)] = f"lower {text(path)}"
+    for path, _ in lowers:
+        for above in _ancestors(path):
+            if above in taken:
+                raise Refused(f"lower {text(path)} lies in {taken[above]}: layers must not overlap")
+
+
+def _check_work(upper: bytes, found: os.stat_result, work: bytes) -> None:
+    other = _directory("workdir", work, os.R_OK | os.X_OK | os.W_OK)
+    if other.st_dev != found.st_dev:
+        raise Refused(
+            f"workdir {text(work)} is on another filesystem than upper {text(upper)}: give one"
+            f" beside it, such as {text(default_work(upper))}"
+        )
+    if _key(other) == _key(found):
+        raise Refused(f"workdir {text(work)} is upper itself: they must be separate directories")
+    if _key(found) in _ancestors(work):
+        raise Refused(f"workdir {text(work)} lies in upper {text(upper)}: give one beside it")
+    if _key(other) in _ancestors(upper):
+        raise Refused(f"upper {text(upper)} lies in workdir {text(work)}: give one beside it")
+
+
+# --- an upper in use ---------------------------------------------------------------------------
+
+
+def _option(mount: Mount, name: str) -> str | None:
+    for word in mount.super_options.replace("\\,", "\0").split(","):
+        key, _, value = word.partition("=")
+        if key == name:
+            return value.replace("\0", ",").replace("\\:", ":").replace("\\\\", "\\")
+    return None
+
+
+def kernel_user(upper: bytes, work: bytes | None = None) -> Mount | None:
+    """The kernel overlayfs mount that has this upper (or workdir), in this mount namespace."""
+    wanted = {(n, os.path.realpath(p)) for n, p in (("upperdir", upper), ("workdir", work)) if p}
+    for mount in read_mounts():
+        if mount.fstype != "overlay":
+            continue
+        for name, path in wanted:
+            value = _option(mount, name)
+            if value is not None and os.path.normpath(os.fsencode(value)) == path:
+                return mount
+    return None
+
+
+def _lock(path: bytes) -> int | None:
+    """An exclusive flock on a directory; None where its filesystem has none. EAGAIN if held."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise BlockingIOError(errno.EAGAIN, "in use", path) from None
+        return None  # NFS wants a writable descriptor, some know no locks at all
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def lock_layers(options: Options, patience: float = 5.0) -> list[int]:
+    """Hold upper and workdir for one mount; returns descriptors that are the locks.
+
+    A server whose mount is gone needs a moment to end: that long we wait. Raises Refused.
+    """
+    if options.upper is None:
+        return []
+    other = kernel_user(options.upper, options.work)
+    if other is not None:
+        raise Refused(
+            f"upper {text(options.upper)} is in use: kernel overlayfs on {text(other.point)}"
+            " has it (unmount that first)"
+        )
+    deadline = time.monotonic() + patience
+    held: list[int] = []
+    for what, path in (("upper", options.upper), ("workdir", options.work)):
+        if path is None or (options.read_only and what == "workdir"):
+            continue
+        while True:
+            try:
+                fd = _lock(path)
+            except BlockingIOError:
+                user = _sdeefs_user(path)
+                if user is None and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    continue
+                for other_fd in held:
+                    os.close(other_fd)
+                raise Refused(
+                    f"{what} {text(path)} is in use: {user or 'another sdeefs mount'}"
+                    " has it (unmount that first)"
+                ) from None
+            except OSError as error:
+                for other_fd in held:
+                    os.close(other_fd)
+                raise Refused(f"{what} {text(path)}: {error.strerror}") from None
+            if fd is not None:
+                held.append(fd)
+            break
+    return held
+
+
+def _sdeefs_user(path: bytes) -> str | None:
+    """Which live mount of ours has a layer, as the servers' records say."""
+    from sdeefs.control import records
+
+    devices = {m.device[1] for m in read_mounts() if m.fstype == OUR_TYPE}
+    for record in records():
+        layers = [record.get("upper"), record.get("work")]
+        if os.fsdecode(os.path.realpath(path)) in layers and record.get("minor") in devices:
+            return f"sdeefs on {record.get('merged')} (pid {record.get('pid')})"
+    return None
+
+
+@contextmanager
+def unused(options: Options) -> Iterator[None]:
+    """No sdeefs has the layers while this lasts: for an engine that can't hold locks itself."""
+    held = lock_layers(options)
+    try:
+        yield
+    finally:
+        for fd in held:
+            os.close(fd)
+
+
+# --- the mount point ---------------------------------------------------------------------------
+
+
+def absolute(path: bytes) -> bytes:
+    """An absolute path without links, but for the last component, which isn't touched.
+
+    The mount at it may hang.
+    """
+    path = os.path.abspath(path)
+    parent, name = os.path.split(path)
+    if not name:
+        return path
+    return os.path.join(os.path.realpath(parent), name)
+
+
+def check_merged(merged: bytes) -> bytes:
+    """The mount point as an absolute path; a dead mount of ours on it is taken away first."""
+    point = absolute(merged)
+    mount = mount_at(point)
+    while mount is not None and mount.fstype == OUR_TYPE and _is_dead(point):
+        _clean(point)
+        mount = mount_at(point)
+    try:
+        found = os.stat(point)
+    except OSError as error:
+        mend = " (create it first)" if error.errno == errno.ENOENT else ""
+        raise Refused(f"mount point {text(point)}: {error.strerror}{mend}") from None
+    if not stat.S_ISDIR(found.st_mode):
+        raise Refused(f"mount point {text(point)}: not a directory")
+    return os.path.realpath(point)
+
+
+def _is_dead(point: bytes) -> bool:
+    """Whether the server of a mount has gone. One that hangs is refused."""
+    from mount_helpers.trials import in_child
+
+    def trial() -> str:
+        try:
+            os.stat(point)
+        except OSError as error:
+            return errno.errorcode.get(error.errno or 0, "")
+        return "alive"
+
+    works, answer = in_child(trial, seconds=10)
+    if not works:
+        raise Refused(
+            f"mount point {text(point)}: the sdeefs there doesn't answer (sdeefs umount --force)"
+        )
+    return answer in ("ENOTCONN", "ECONNABORTED")
+
+
+def _clean(point: bytes) -> None:
+    try:
+        umount2(point, MNT_DETACH | UMOUNT_NOFOLLOW)
+    except OSError as error:
+        if error.errno != errno.EPERM:
+            raise Refused(f"mount point {text(point)}: {error.strerror}") from None
+        from sdeefs.umount_command import fusermount
+
+        fusermount(point, lazy=True)

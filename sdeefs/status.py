@@ -1,0 +1,123 @@
+"""`sdeefs status`: the mounts of this user, and what their servers are doing.
+
+Nothing here touches a mount: a server that hangs is listed as stuck, within two seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from mount_helpers.mountinfo import read_mounts
+from sdeefs.control import ask, forget, records
+from sdeefs.refusals import OUR_TYPE, absolute
+
+OK, FAILURE = 0, 1
+
+
+def collect() -> list[dict[str, Any]]:
+    """One object for each mount. `state` is live, stuck, dead, or detached (mounted elsewhere)."""
+    mounts = read_mounts()
+    points: dict[int, list[str]] = {}
+    for mount in mounts:
+        if mount.fstype == OUR_TYPE:
+            points.setdefault(mount.device[1], []).append(os.fsdecode(mount.point))
+    found = []
+    for record in records():
+        minor = record.get("minor")
+        try:
+            answer = ask(record)
+        except OSError:
+            forget(record)
+            continue
+        here = points.pop(minor, []) if isinstance(minor, int) else []
+        state = "stuck" if answer is None else "live" if here else "detached"
+        entry = {**record, **(answer or {}), "state": state, "mounted_at": here}
+        entry["memory"] = _memory(entry.get("pid"))
+        log = Path(record["file"]).with_suffix(".log")
+        entry["log"] = str(log) if log.exists() and log.stat().st_size else None
+        del entry["file"]
+        found.append(entry)
+    # Mounts without a server of ours: another user's, or a dead one.
+    for minor, here in points.items():
+        found.append(
+            {"engine": "fuse", "minor": minor, "merged": here[0], "mounted_at": here,
+             "state": "unknown", "pid": None}
+        )  # fmt: skip
+    for mount in mounts:
+        if mount.fstype == "overlay" and mount.source == b"sdeefs":
+            from sdeefs.refusals import _option
+
+            merged = os.fsdecode(mount.point)
+            lowers = _option(mount, "lowerdir") or _option(mount, "lowerdir+")
+            found.append(
+                {"engine": "kernel", "merged": merged, "mounted_at": [merged], "state": "live",
+                 "pid": None, "upper": _option(mount, "upperdir"),
+                 "work": _option(mount, "workdir"), "lowers": [lowers]}
+            )  # fmt: skip
+    return found
+
+
+def _memory(pid: object) -> int | None:
+    """Resident bytes of a server."""
+    import psutil
+
+    try:
+        return int(psutil.Process(int(str(pid))).memory_info().rss)
+    except (psutil.Error, ValueError):
+        return None
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """The command."""
+    found = collect()
+    if arguments.merged is not None:
+        wanted = os.fsdecode(absolute(os.fsencode(arguments.merged)))
+        found = [e for e in found if wanted == e["merged"] or wanted in e["mounted_at"]]
+        if not found:
+            from sdeefs.refusals import Refused
+
+            raise Refused(f"{wanted}: no sdeefs mount")
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+        return OK
+    if not found:
+        print("no mounts")
+    for entry in found:
+        _show(entry)
+    return OK
+
+
+def _show(entry: dict[str, Any]) -> None:
+    where = ", ".join(entry["mounted_at"]) or entry.get("merged") or "(detached)"
+    print(f"{where}: engine {entry['engine']}, {entry['state']}")
+    layers = [("upper", entry.get("upper"))]
+    layers += [("lower", p) for p in entry.get("lowers") or []]
+    for name, path in layers:
+        if path:
+            print(f"  {name:12} {path}")
+    if entry.get("transport"):
+        print(f"  {'transport':12} {entry['transport']}, data path {entry.get('data_path')}")
+    if entry.get("pid"):
+        age = time.time() - float(entry.get("started") or 0)
+        memory = entry.get("memory")
+        size = f", {memory / 2**20:.0f} MiB" if memory else ""
+        held = entry.get("open_descriptors")
+        descriptors = f", {held} descriptors" if held else ""
+        print(f"  {'server':12} process {entry['pid']}, {age:.0f} s{size}{descriptors}")
+    core = entry.get("core") or {}
+    if core:
+        print(f"  {'core':12} " + ", ".join(f"{name} {value}" for name, value in core.items()))
+    if entry.get("watched") is not None:
+        print(f"  {'watch':12} {entry['watched']} directories of lower")
+    requests = entry.get("requests") or {}
+    if requests:
+        total = sum(requests.values())
+        most = sorted(requests.items(), key=lambda item: -item[1])
+        print(f"  {'requests':12} {total}: " + ", ".join(f"{n} {c}" for n, c in most if c))
+    if entry.get("log"):
+        print(f"  {'log':12} {entry['log']}")
