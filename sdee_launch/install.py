@@ -101,7 +101,7 @@ def after_install() -> list[Command]:
 
 
 def _data(name: str) -> str:
-    return (importlib.resources.files("sdee_launch") / "data" / name).read_text(encoding="utf-8")
+    return (importlib.resources.files("sdee_launch") / name).read_text(encoding="utf-8")
 
 
 def apply(step: Step, root: Path) -> str | None:
