@@ -65,6 +65,9 @@ PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=FORCE:4 
 """
 
 
+PREFIX = "sdee-cluster-"
+
+
 class ClusterError(RuntimeError):
     """The cluster did not do what it must within its time."""
 
@@ -134,8 +137,10 @@ class Cluster:
         return self.directory.name
 
     def __enter__(self) -> Cluster:
-        self.directory = Path(tempfile.mkdtemp(prefix="sdee-cluster-", dir="/var/tmp"))
+        self._sweep()
+        self.directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir="/var/tmp"))
         self.directory.chmod(0o755)
+        (self.directory / "owner").write_text(str(os.getpid()))
         try:
             self._up()
         except BaseException:
@@ -148,6 +153,19 @@ class Cluster:
         if error[0] is not None:
             self._print_logs()
         self._down()
+
+    @classmethod
+    def _sweep(cls) -> None:
+        """Remove the files of clusters whose owner was killed; their processes died with it."""
+        for directory in Path("/var/tmp").glob(f"{PREFIX}*"):
+            try:
+                owner = int((directory / "owner").read_text())
+            except (OSError, ValueError):
+                continue
+            if not os.path.exists(f"/proc/{owner}"):
+                for controller in Path("/sys/fs/cgroup").iterdir():
+                    cls._remove_cgroups(controller / directory.name)
+                shutil.rmtree(directory, ignore_errors=True)
 
     # -- up and down ------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdee_launch import protocol
-from sdee_launch.slurm import conf, hook, identity, install, records, submit
+from sdee_launch.slurm import conf, hook, identity, install, records, submit, words
 
 
 def test_slurm_conf_is_read_as_slurm_reads_it() -> None:
@@ -175,9 +175,39 @@ def test_client_program_runs_the_real_command_as_the_user(tmp_path: Path) -> Non
         if parent != Path("/tmp"):
             parent.chmod(0o755)
     enter = ["setpriv", "--reuid=4321", "--regid=4322", "--clear-groups"]
-    for words in (
+    for line in (
         [*enter, "unshare", "--user", "--map-root-user", program, "-u", "me"],
         [*enter, program, "-u", "me"],
     ):
-        done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
         assert (done.stdout, done.stderr) == ("4321 4322 -u me\n", "")
+
+
+HELP = """
+  -A, --account=name          charge job to specified account
+  -K, --kill-on-bad-exit      kill the job if any task terminates with a
+  -n, --ntasks=ntasks         number of tasks to run
+  -N, --nodes=N               number of nodes on which to run (N = min[-max])
+      --exclusive[=user]      allocate nodes in exclusive mode when
+      --mpi=type              type of MPI being used
+  -v, --verbose               verbose mode (multiple -v's increase verbosity)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "options"),
+    [
+        ("./a.out -n 3", 0),
+        ("-n 6 -N3 ./a.out", 3),
+        ("--nodes 3 --mpi=pmix --exclusive ./a.out --mpi x", 4),
+        ("-vKn 6 ./a.out", 2),
+        ("--ntask 6 hostname", 2),
+        ("-n6 -- -odd", 1),
+        ("-n 6", 2),
+    ],
+)
+def test_where_the_command_begins(line: str, options: int) -> None:
+    given = line.split()
+    ours, command = words.split(given, words.parse_help(HELP))
+    assert ours == given[:options]
+    assert command == [x for x in given[options:] if x != "--"]
