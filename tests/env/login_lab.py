@@ -1,0 +1,272 @@
+"""A real sshd on a loopback port, with keys of its own and two users whose shell is sdee-login."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import pty
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from tests.conftest import User
+from tests.env.daemon_lab import Daemon, running_daemon, wait_for
+
+BIN = os.path.dirname(sys.executable)
+LOGIN = os.path.join(BIN, "sdee-login")
+SDEE = os.path.join(BIN, "sdee")
+CONFIGURATION = Path("/etc/sdee/sdee.toml")
+SECONDS = 60
+
+
+@contextlib.contextmanager
+def node_daemon(directory: Path) -> Iterator[Daemon]:
+    """The daemon of this machine, at the place where every login looks for it."""
+    with open("/run/lock/sdee-tests-node.lock", "w") as lock:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                assert time.monotonic() < deadline, "other tests keep the node's daemon"
+                time.sleep(0.2)
+        with running_daemon(directory, "/run/sdee", "/run/sdee/sdeed.sock") as daemon:
+            yield daemon
+
+
+@contextlib.contextmanager
+def configuration(text: str) -> Iterator[None]:
+    """/etc/sdee/sdee.toml, for the length of a block."""
+    old = CONFIGURATION.read_text() if CONFIGURATION.exists() else None
+    CONFIGURATION.parent.mkdir(exist_ok=True)
+    CONFIGURATION.write_text(text)
+    CONFIGURATION.chmod(0o644)
+    try:
+        yield
+    finally:
+        if old is None:
+            CONFIGURATION.unlink()
+        else:
+            CONFIGURATION.write_text(old)
+
+
+@contextlib.contextmanager
+def login_shell(shell: str, *users: User) -> Iterator[None]:
+    """Accounts with this login shell, and logins allowed without a password."""
+    for user in users:
+        _run(["usermod", "-s", shell, "-p", "*", user.name])
+    try:
+        yield
+    finally:
+        for user in users:
+            _run(["usermod", "-s", "/bin/bash", user.name])
+
+
+def _run(words: list[str]) -> None:
+    subprocess.run(words, check=True, capture_output=True, timeout=SECONDS)
+
+
+class Sshd:
+    """One sshd, and `ssh` to it."""
+
+    def __init__(self, directory: Path, users: tuple[User, ...], extra: str = "") -> None:
+        self.directory = directory
+        self.users = users
+        self.extra = extra
+        self.port = 0
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Make the keys and start it."""
+        self.directory.mkdir(exist_ok=True)
+        self.directory.chmod(0o755)
+        for name in ("host", *(user.name for user in self.users)):
+            if not (self.directory / name).exists():
+                _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", f"{self.directory}/{name}"])  # fmt: skip
+            (self.directory / f"{name}.pub").chmod(0o644)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        public = (self.directory / "host.pub").read_text().split()
+        (self.directory / "known").write_text(f"[127.0.0.1]:{self.port} {public[0]} {public[1]}\n")
+        (self.directory / "config").write_text(
+            f"Port {self.port}\nListenAddress 127.0.0.1\nHostKey {self.directory}/host\n"
+            f"AuthorizedKeysFile {self.directory}/%u.pub\nStrictModes no\nUsePAM yes\n"
+            "PasswordAuthentication no\nKbdInteractiveAuthentication no\nPidFile none\n"
+            "MaxStartups 200\nMaxSessions 100\nX11Forwarding yes\nX11UseLocalhost yes\n"
+            "PrintMotd no\nUseDNS no\nAcceptEnv LANG LC_* SDEE_*\nLoginGraceTime 60\n"
+            "Subsystem sftp /usr/lib/openssh/sftp-server\n" + self.extra
+        )
+        os.makedirs("/run/sshd", exist_ok=True)
+        log = open(self.directory / "sshd.log", "ab")  # noqa: SIM115 - the process's
+        self.process = subprocess.Popen(
+            ["/usr/sbin/sshd", "-D", "-e", "-f", str(self.directory / "config")],
+            stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
+        )  # fmt: skip
+        log.close()
+        wait_for(self._answers, "sshd listens")
+
+    def _answers(self) -> bool:
+        assert self.process is not None
+        assert self.process.poll() is None, (self.directory / "sshd.log").read_text()
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 5):
+            return True
+        return False
+
+    def stop(self) -> None:
+        """End it; what is logged in stays."""
+        if self.process is not None:
+            self.process.terminate()
+            self.process.wait(SECONDS)
+
+    def options(self, user: User) -> list[str]:
+        """What ssh, scp and sftp are told."""
+        return [
+            "-F", "none", "-i", str(self.directory / user.name),
+            "-o", f"UserKnownHostsFile={self.directory}/known", "-o", "BatchMode=yes",
+            "-o", "IdentitiesOnly=yes", "-o", "ConnectTimeout=60", "-o", "LogLevel=ERROR",
+        ]  # fmt: skip
+
+    def command(self, user: User, *words: str) -> list[str]:
+        """An ssh command line; words that start with "-" go before the host."""
+        flags = [word for word in words if word.startswith("-")]
+        rest = [word for word in words if not word.startswith("-")]
+        return [
+            "ssh", *self.options(user), "-p", str(self.port), *flags, f"{user.name}@127.0.0.1",
+            *rest,
+        ]  # fmt: skip
+
+    def run(
+        self, user: User, *words: str, input: str | None = None, seconds: float = SECONDS
+    ) -> subprocess.CompletedProcess[str]:
+        """`ssh host words`, to its end."""
+        return subprocess.run(
+            self.command(user, *words),
+            input=input, stdin=subprocess.DEVNULL if input is None else None, text=True,
+            capture_output=True, timeout=seconds, check=False, errors="replace",
+        )  # fmt: skip
+
+    def say(self, user: User, script: str, seconds: float = SECONDS) -> str:
+        """What a shell script prints there. Fails unless it ends with 0."""
+        done = self.run(user, script, seconds=seconds)
+        assert done.returncode == 0, f"{script}\n{done.returncode}\n{done.stdout}\n{done.stderr}"
+        return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def running_sshd(directory: Path, *users: User, extra: str = "") -> Iterator[Sshd]:
+    """An sshd for the length of a block."""
+    server = Sshd(directory, users, extra)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+class Terminal:
+    """A program on a terminal of its own, and what a person would see and type."""
+
+    def __init__(self, words: list[str]) -> None:
+        self.pid, self.fd = pty.fork()
+        if not self.pid:
+            os.environ["TERM"] = "dumb"
+            os.execvp(words[0], words)
+        self.seen = ""
+
+    def type(self, text: str) -> None:
+        """Keys."""
+        os.write(self.fd, text.encode())
+
+    def expect(self, text: str, seconds: float = SECONDS) -> str:
+        """Wait until this is on the screen; gives what was there up to it, and forgets it."""
+        deadline = time.monotonic() + seconds
+        while text not in self.seen:
+            left = deadline - time.monotonic()
+            assert left > 0, f"no {text!r} in {self.seen!r}"
+            if select.select([self.fd], [], [], left)[0]:
+                try:
+                    more = os.read(self.fd, 65536)
+                except OSError:
+                    more = b""
+                assert more, f"ended without {text!r}: {self.seen!r}"
+                self.seen += more.decode(errors="replace")
+        before, _, self.seen = self.seen.partition(text)
+        return before
+
+    def wait(self, seconds: float = SECONDS) -> int:
+        """Its exit status, when it has ended."""
+        deadline = time.monotonic() + seconds
+        while True:
+            if select.select([self.fd], [], [], 0.05)[0]:
+                with contextlib.suppress(OSError):
+                    os.read(self.fd, 65536)
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.pid = 0
+                return os.waitstatus_to_exitcode(status)
+            assert time.monotonic() < deadline, "it doesn't end"
+
+    def close(self) -> None:
+        """Hang up."""
+        os.close(self.fd)
+        if self.pid:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+
+
+@contextlib.contextmanager
+def terminal(words: list[str]) -> Iterator[Terminal]:
+    """A terminal for the length of a block."""
+    opened = Terminal(words)
+    try:
+        yield opened
+    finally:
+        opened.close()
+
+
+def build_deb(directory: Path, name: str) -> Path:
+    """A small Debian package with one command, `name`."""
+    tree = directory / f"{name}-deb"
+    (tree / "DEBIAN").mkdir(parents=True)
+    (tree / "usr/bin").mkdir(parents=True)
+    (tree / "etc").mkdir()
+    (tree / "DEBIAN/control").write_text(
+        f"Package: {name}\nVersion: 1.0\nArchitecture: all\nMaintainer: nobody <no@body>\n"
+        "Description: a test\n"
+    )
+    (tree / "DEBIAN/conffiles").write_text(f"/etc/{name}.conf\n")
+    (tree / f"etc/{name}.conf").write_text("as shipped\n")
+    (tree / f"usr/bin/{name}").write_text(f"#!/bin/sh\necho {name} runs\n")
+    (tree / f"usr/bin/{name}").chmod(0o755)
+    target = directory / f"{name}.deb"
+    _run(["dpkg-deb", "--root-owner-group", "--build", str(tree), str(target)])
+    shutil.rmtree(tree)
+    return target
+
+
+def build_wheel(directory: Path, name: str) -> Path:
+    """A small pure Python wheel, made by hand: no network, no build tools."""
+    import zipfile
+
+    target = directory / f"{name}-1.0-py3-none-any.whl"
+    info = f"{name}-1.0.dist-info"
+    with zipfile.ZipFile(target, "w") as wheel:
+        wheel.writestr(f"{name}.py", "def hello():\n    return 'wheel runs'\n")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(
+            f"{info}/RECORD", f"{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n"
+        )
+    return target
