@@ -220,9 +220,7 @@ def mount(
         options += [f"upperdir={layers.upper}", f"workdir={layers.work}"]
     options += [*engine.options, *more]
     if engine.kind == "kernel":
-        run(
-            "mount", "-i", "-t", "overlay", "overlay", "-o", ",".join(options), layers.merged
-        )  # fmt: skip
+        _mount_overlay(",".join(options), layers.merged)
         return Mounted(engine, layers)
     log_path = layers.base / f"{layers.merged.name}.log"
     with log_path.open("wb") as output:
@@ -243,6 +241,22 @@ def mount(
         detach(layers.merged)
         raise
     return mounted
+
+
+def _mount_overlay(options: str, merged: Path) -> None:
+    """Kernel overlayfs. A copy of an earlier mount may live for a moment in a mount namespace that
+    somebody just made; then upper is still busy."""
+    deadline = time.monotonic() + DEADLINE
+    while True:
+        done = subprocess.run(
+            ["mount", "-i", "-t", "overlay", "overlay", "-o", options, str(merged)],
+            timeout=DEADLINE, check=False, capture_output=True,
+        )  # fmt: skip
+        if not done.returncode:
+            return
+        if b"busy" not in done.stderr or time.monotonic() > deadline:
+            raise AssertionError(f"mount -o {options}: {done.stderr.decode()}")
+        time.sleep(0.05)
 
 
 def server_command(layers: Layers, options: list[str]) -> list[str]:
