@@ -209,28 +209,44 @@ static int choose(spank_t sp)
 	return 0;
 }
 
-/* srun has its nodes, and every Prolog has ended: did one of them fail to make the instance? */
+/*
+ * Did a Prolog on any node of the job fail? All have ended when srun has its nodes, and when a
+ * batch step starts (PrologFlags=DeferBatch); hook.py leaves a note with the controller.
+ */
+static int noted(uint32_t job, uint32_t restarts, char *reason, size_t size)
+{
+	job_info_msg_t *message = NULL;
+	char again[32] = "";
+	int found = 0;
+
+	if (slurm_load_job(&message, job, SHOW_DETAIL) || !message)
+		return 0; /* the node itself still refuses */
+	if (restarts)
+		snprintf(again, sizeof again, "(restart %u)", restarts);
+	for (uint32_t i = 0; i < message->record_count; i++) {
+		const char *note = message->job_array[i].admin_comment;
+		if (message->job_array[i].job_id == job && note && !strncmp(note, "sdee: ", 6) &&
+		    (restarts ? strstr(note, again) != NULL : !strstr(note, "(restart "))) {
+			snprintf(reason, size, "%s", note + 6);
+			found = 1;
+		}
+	}
+	slurm_free_job_info_msg(message);
+	return found;
+}
+
 int slurm_spank_local_user_init(spank_t sp, int ac, char **av)
 {
 	uint32_t job = 0;
-	job_info_msg_t *message = NULL;
-	int result = 0;
 
 	(void) ac;
 	(void) av;
 	if (!submitted || spank_get_item(sp, S_JOB_ID, &job) != ESPANK_SUCCESS)
 		return 0;
-	if (slurm_load_job(&message, job, SHOW_DETAIL) || !message)
-		return 0; /* the nodes themselves still refuse */
-	for (uint32_t i = 0; i < message->record_count; i++) {
-		const char *note = message->job_array[i].admin_comment;
-		if (note && !strncmp(note, "sdee: ", 6)) {
-			slurm_error("%s", note);
-			result = -1;
-		}
-	}
-	slurm_free_job_info_msg(message);
-	return result;
+	if (!noted(job, 0, failure, sizeof failure))
+		return 0;
+	slurm_error("sdee: %s", failure);
+	return -1;
 }
 
 /* -- A node ---------------------------------------------------------------------------------- */
@@ -426,7 +442,13 @@ int slurm_spank_init_post_opt(spank_t sp, int ac, char **av)
 				 "(sdee install --slurm says what slurm.conf needs)", reference);
 		return 0;
 	}
-	/* Said later: now the job's output isn't there yet. */
+	/* Failures are said later: now the job's output isn't there yet. */
+	if (step == SLURM_BATCH_SCRIPT) {
+		uint32_t restarts = 0;
+		spank_get_item(sp, S_SLURM_RESTART_COUNT, &restarts);
+		if (noted(job, restarts, failure, sizeof failure))
+			return 0;
+	}
 	ask_daemon(sp, job);
 	return 0;
 }

@@ -1,0 +1,217 @@
+"""Jobs in environments behave as jobs do: what they see, how they end, what they leave."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import User
+from tests.jobs.cluster_lab import wait_for
+from tests.jobs.jobs_lab import SdeeCluster
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment(cluster: SdeeCluster, alice: User) -> str:
+    """An environment with a file that the host lacks."""
+    cluster.inside("echo alice > /etc/whose; echo one > /etc/state", alice.name).ok()
+    return "default"
+
+
+def read(path: Path) -> str:
+    """What a job has written to a file in a home so far."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def deployed(cluster: SdeeCluster, user: User) -> int:
+    """Bytes that the user's last job brought to its nodes."""
+    jobs = json.loads(cluster.run("login1", ["sdee", "jobs", "--json"], user.name).ok())
+    return int(jobs[-1]["bytes"])
+
+
+def test_a_job_that_starts_later_sees_the_state_at_submission(
+    cluster: SdeeCluster, alice: User
+) -> None:
+    held = cluster.inside(
+        "echo old > /etc/state; sbatch --parsable -H -o held.out --wrap 'cat /etc/state'; "
+        "echo new > /etc/state",
+        alice.name,
+    ).ok()
+    job = held.split()[-1]
+    cluster.run("login1", ["scontrol", "release", job]).ok()
+    wait_for(lambda: read(alice.home / "held.out"), "output of the held job")
+    assert read(alice.home / "held.out") == "old\n"
+    now = "cat /etc/state; srun cat /etc/state"
+    assert cluster.inside(now, alice.name).ok() == "new\nnew\n"
+
+
+def test_only_what_changed_travels(cluster: SdeeCluster, alice: User) -> None:
+    cluster.inside("head -c 3000000 /dev/urandom > /opt/blob; srun -N3 true", alice.name).ok()
+    assert deployed(cluster, alice) >= 3 * 3_000_000
+    cluster.inside("srun -N3 true", alice.name).ok()
+    assert deployed(cluster, alice) == 0
+    cluster.inside("echo small > /opt/small; srun -N3 cat /opt/small", alice.name).ok()
+    assert 0 < deployed(cluster, alice) < 3 * 20_000
+    seen = cluster.inside("rm /opt/blob; srun -N3 ls /opt", alice.name).ok()
+    assert "blob" not in seen
+    assert seen.split().count("small") == 3
+
+
+def test_two_users_on_the_same_nodes_see_nothing_of_each_other(
+    cluster: SdeeCluster, alice: User, bob: User
+) -> None:
+    look = (
+        "echo $(hostname) > /tmp/mine-$USER; echo $USER > /dev/shm/shared; "
+        "cat /etc/whose; ps ax -o args; ls /tmp /home; "
+        "touch ~/here-$SLURMD_NODENAME; "
+        "for i in $(seq 300); do ls ~/../$OTHER/here-$SLURMD_NODENAME 2>/dev/null && break; "
+        "[ -e $MEET/$OTHER-$SLURMD_NODENAME ] && break; sleep 0.1; done; "
+        "cat /dev/shm/shared; touch $MEET/$USER-$SLURMD_NODENAME; echo end"
+    )
+    meet = Path("/home/sdee-meet")
+    meet.mkdir(exist_ok=True)
+    meet.chmod(0o1777)
+    try:
+        cluster.inside("echo bob > /etc/whose", bob.name).ok()
+        running = []
+        for user, other in ((alice, bob), (bob, alice)):
+            command = (
+                f"export OTHER={other.name} MEET={meet}; touch /home; srun -N3 bash -c '{look}'"
+            )
+            words = ["sdee", "run", "--", "bash", "-c", command]
+            running.append(
+                subprocess.Popen(
+                    cluster.words("login1", words, user.name), stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                )
+            )  # fmt: skip
+        outs = [process.communicate(timeout=150) for process in running]
+        for (out, err), process, (user, other) in zip(
+            outs, running, ((alice, bob), (bob, alice)), strict=True
+        ):
+            assert process.returncode == 0, (out, err)
+            own, others = user.name.removeprefix("sdee-"), other.name.removeprefix("sdee-")
+            lines = out.splitlines()
+            assert lines.count(own) == 3, out
+            assert others not in lines
+            assert f"mine-{other.name}" not in out
+            assert lines.count(user.name) >= 3, "own /dev/shm"
+            assert lines.count("end") == 3
+            assert f"OTHER={user.name}" not in out, "the other's processes"
+    finally:
+        for path in meet.iterdir():
+            path.unlink()
+        meet.rmdir()
+
+
+def test_exit_codes_and_signals(cluster: SdeeCluster, alice: User) -> None:
+    script = """
+srun -n2 sh -c 'exit $((SLURM_PROCID * 7))' 2>/dev/null; echo code $?
+srun sh -c 'kill -USR1 $$' 2>/dev/null; echo killed $?
+srun no-such-command 2>/dev/null; echo missing $?
+sbatch -W --parsable --wrap 'exit 9' -o /dev/null >/dev/null; echo batch $?
+salloc -Q -N2 bash -c 'srun hostname | sort; srun -N1 cat /etc/whose; exit 4'; echo alloc $?
+srun id -u; id -u
+cd /opt; srun pwd
+srun --export=ALL,COLOUR=blue sh -c 'echo $COLOUR $SDEE_ENVIRONMENT'
+"""
+    out = cluster.inside(script, alice.name).ok().splitlines()
+    assert out[:2] == ["code 7", f"killed {128 + 10}"]
+    assert out[2] != "missing 0"
+    assert out[3] == "batch 9"
+    assert out[4:] == [
+        "n1", "n2", "alice", "alloc 4", "0", "0", "/opt", "blue default",
+    ]  # fmt: skip
+
+
+def test_client_commands_by_their_absolute_paths(cluster: SdeeCluster, alice: User) -> None:
+    script = """
+/usr/bin/sinfo -h -o %D
+job=$(/usr/bin/sbatch --parsable -o /dev/null --wrap 'sleep 300')
+/usr/bin/squeue -h -j $job -o %u
+/usr/bin/scontrol show job $job | grep -c UserId=$USER
+/usr/bin/scancel $job; echo cancelled $?
+/usr/bin/sacct >/dev/null 2>&1; echo sacct $?
+"""
+    inside = cluster.inside(script, alice.name).ok().splitlines()
+    outside = cluster.run("login1", ["sacct"], alice.name).code
+    assert inside == ["3", alice.name, "1", "cancelled 0", f"sacct {outside}"]
+
+
+def test_arrays_and_dependencies(cluster: SdeeCluster, alice: User) -> None:
+    script = """
+rm -f part-*.out after.out
+job=$(sbatch --parsable --array=1-3 -o part-%a.out --wrap 'echo $SLURM_ARRAY_TASK_ID $(cat /etc/whose)')
+sbatch -W -d afterok:$job -o after.out --wrap 'echo after $(cat /etc/whose)' >/dev/null
+cat part-1.out part-2.out part-3.out after.out
+"""
+    out = cluster.inside(script, alice.name).ok()
+    assert out.splitlines() == ["1 alice", "2 alice", "3 alice", "after alice"]
+
+
+def test_a_terminal(cluster: SdeeCluster, alice: User) -> None:
+    command = "script -qec \"srun --pty bash -c 'tty; cat /etc/whose; stty size'\" /dev/null"
+    out = cluster.inside(command, alice.name).ok()
+    assert "/dev/pts/" in out
+    assert "alice" in out
+
+
+def test_signal_option_and_scancel_reach_the_tasks_once(cluster: SdeeCluster, alice: User) -> None:
+    trap = 'trap "echo got" USR1; touch ready-$SLURM_JOB_ID; for i in $(seq 600); do sleep 0.1; [ -e stop-$SLURM_JOB_ID ] && exit; done'
+    (alice.home / "trap.sh").write_text(f"#!/bin/bash\n{trap}\n")
+    job = cluster.inside("sbatch --parsable -o trap.out trap.sh", alice.name).ok().strip()
+    wait_for(lambda: (alice.home / f"ready-{job}").exists(), "the job runs")
+    cluster.run("login1", ["scancel", "-b", "-s", "USR1", job], alice.name).ok()
+    wait_for(lambda: "got" in read(alice.home / "trap.out"), "the signal")
+    (alice.home / f"stop-{job}").touch()
+    wait_for(lambda: not cluster.run("login1", ["squeue", "-h", "-j", job]).out.strip(), "its end")
+    assert read(alice.home / "trap.out") == "got\n"
+
+
+def test_cancelled_and_over_time(cluster: SdeeCluster, alice: User) -> None:
+    """Both end by SIGTERM and, here after three seconds, SIGKILL; nothing is left."""
+    stubborn = "trap '' TERM; touch up-$SLURM_JOB_ID; (setsid sleep 500 &) ; sleep 500"
+    job = cluster.inside(
+        f'sbatch --parsable -N2 -o /dev/null --wrap "{stubborn.replace("$", chr(92) + "$")}"',
+        alice.name,
+    ).ok()
+    job = job.strip()
+    wait_for(lambda: (alice.home / f"up-{job}").exists(), "the job runs")
+    cluster.run("login1", ["scancel", job], alice.name).ok()
+    cluster.wait_clean()
+    waits = "srun -N3 sleep 500"
+    process = subprocess.Popen(
+        cluster.words("login1", ["sdee", "run", "--", "bash", "-c", waits], alice.name),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        found = wait_for(
+            lambda: (
+                cluster.run("login1", ["squeue", "-h", "-t", "R", "-u", alice.name, "-o", "%A"]).out
+            ),
+            "srun runs",
+        )
+        number = str(found).split()[0]
+        # A limit in the past ends it at the controller's next look.
+        cluster.run("login1", ["scontrol", "update", f"JobId={number}", "TimeLimit=1"]).ok()
+        time.sleep(0.1)
+        cluster.run("login1", ["scancel", number], alice.name).ok()
+        out, err = process.communicate(timeout=120)
+        assert process.returncode != 0, (out, err)
+    finally:
+        process.kill()
+    cluster.wait_clean()
+
+
+def test_many_jobs_leave_nothing(cluster: SdeeCluster, alice: User) -> None:
+    row = "for i in $(seq 20); do srun -n1 cat /etc/whose || exit 1; done"
+    assert cluster.inside(row, alice.name).ok().split() == ["alice"] * 20
+    once = "for i in $(seq 8); do srun -n1 cat /etc/whose & done; wait"
+    assert cluster.inside(once, alice.name).ok().split() == ["alice"] * 8
+    cluster.wait_clean()

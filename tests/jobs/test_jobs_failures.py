@@ -1,0 +1,205 @@
+"""Crashes of every part, and a full disk: a job starts as a whole or fails with the reason."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from tests.conftest import User
+from tests.jobs.cluster_lab import wait_for
+from tests.jobs.jobs_lab import SdeeCluster
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment(cluster: SdeeCluster, alice: User) -> None:
+    """An environment with a file that the host lacks."""
+    cluster.inside("echo alice > /etc/whose", alice.name).ok()
+
+
+@contextlib.contextmanager
+def running(
+    cluster: SdeeCluster, user: User, command: str, engine: str = "kernel"
+) -> Iterator[subprocess.Popen[str]]:
+    """A command inside the user's environment on the login node, in the background."""
+    words = ["sdee", "run", "--", "bash", "-c", command]
+    line = cluster.words("login1", words, user.name, 170, env={"SDEE_JOB_ENGINE": engine})
+    process = subprocess.Popen(
+        line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def wait_step(cluster: SdeeCluster, user: User, tag: str, count: int) -> None:
+    """Until that many tasks have said that they run, by a file in the home."""
+    wait_for(lambda: len(list(user.home.glob(f"{tag}-*"))) >= count, f"{count} tasks of {tag}")
+
+
+def clear(user: User, tag: str) -> None:
+    for path in user.home.glob(f"{tag}-*"):
+        path.unlink()
+
+
+def test_full_disk_on_one_node_fails_the_whole_job_with_the_reason(
+    cluster: SdeeCluster, alice: User
+) -> None:
+    cluster.run(
+        "n2", ["mount", "-t", "tmpfs", "-o", "size=256k,mode=755", "tmpfs", "/var/lib/sdee"]
+    ).ok()
+    try:
+        many = "head -c 2000000 /dev/urandom > /opt/much; "
+        done = cluster.inside(many + "srun -N3 touch ~/full-$SLURM_JOB_ID", alice.name, "full")
+        assert done.code != 0
+        assert "n2" in done.err
+        assert "No space left on device" in done.err
+        (alice.home / "full.sh").write_text(
+            "#!/bin/sh\n#SBATCH -N3 -o full.out\ntouch full-batch\n"
+        )
+        done = cluster.inside("sbatch -W full.sh", alice.name, "full")
+        assert done.code != 0
+        out = (alice.home / "full.out").read_text()
+        assert "n2" in out
+        assert "No space left on device" in out
+        assert not list(alice.home.glob("full-*")), "a task ran"
+    finally:
+        cluster.run("n2", ["umount", "-l", "/var/lib/sdee"]).ok()
+    cluster.wait_idle()
+    assert (
+        cluster.inside("srun -N3 ls /opt/much", alice.name, "full").ok().split()
+        == ["/opt/much"] * 3
+    )
+    cluster.wait_clean()
+
+
+@pytest.mark.parametrize("engine", ["kernel", "fuse"])
+def test_death_of_an_instance_s_init_ends_the_job(
+    cluster: SdeeCluster, alice: User, engine: str
+) -> None:
+    clear(alice, "init")
+    with running(
+        cluster, alice, "srun -N2 sh -c 'touch init-$SLURM_PROCID; sleep 500'", engine
+    ) as job:
+        wait_step(cluster, alice, "init", 2)
+        os.kill(instance_pid(cluster, "n1"), signal.SIGKILL)
+        out, err = job.communicate(timeout=120)
+        assert job.returncode != 0, (out, err)
+    cluster.wait_clean()
+    assert cluster.inside("srun cat /etc/whose", alice.name).ok() == "alice\n"
+
+
+def instance_pid(cluster: SdeeCluster, node: str) -> int:
+    """The host's pid of the init of the only instance on a node."""
+    import json
+
+    live = json.loads(cluster.run(node, ["sdee", "node", "--json"]).ok())["instances"]
+    assert len(live) == 1, live
+    return host_pid(cluster, node, live[0]["init"])
+
+
+def host_pid(cluster: SdeeCluster, node: str, inner: int) -> int:
+    """The host's number of a process, from the node's."""
+    namespace = os.readlink(f"/proc/{cluster.nodes[node].init}/ns/pid")
+    depth = len(nspid(cluster.nodes[node].init))
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):
+                numbers = nspid(int(entry))
+                if len(numbers) >= depth and numbers[depth - 1] == inner:
+                    chain = [os.readlink(f"/proc/{entry}/ns/pid")]
+                    if namespace in chain or in_node(int(entry), cluster.nodes[node].init):
+                        return int(entry)
+    raise AssertionError(f"no process {inner} on {node}")
+
+
+def nspid(pid: int) -> list[int]:
+    """A process's numbers, from the host's to its own namespace's."""
+    with open(f"/proc/{pid}/status") as file:
+        for line in file:
+            if line.startswith("NSpid:"):
+                return [int(x) for x in line.split()[1:]]
+    return []
+
+
+def in_node(pid: int, init: int) -> bool:
+    """Whether a process descends from a node's init."""
+    return os.readlink(f"/proc/{pid}/ns/net") == os.readlink(f"/proc/{init}/ns/net")
+
+
+def test_death_of_the_fuse_server_fails_the_job_and_leaves_nothing(
+    cluster: SdeeCluster, alice: User
+) -> None:
+    clear(alice, "server")
+    command = "srun -N2 sh -c 'touch server-$SLURM_PROCID; while ls /usr/include >/dev/null; do sleep 0.2; done; exit 5'"
+    with running(cluster, alice, command, "fuse") as job:
+        wait_step(cluster, alice, "server", 2)
+        servers = cluster.run("n1", ["pgrep", "-f", "sdeefs"]).ok().split()
+        for server in servers:
+            os.kill(host_pid(cluster, "n1", int(server)), signal.SIGKILL)
+        out, err = job.communicate(timeout=120)
+        assert job.returncode != 0, (out, err)
+    cluster.wait_clean()
+    assert cluster.inside("srun cat /etc/whose", alice.name).ok() == "alice\n"
+
+
+def test_jobs_live_through_the_death_of_slurmd_and_sdeed(cluster: SdeeCluster, alice: User) -> None:
+    clear(alice, "live")
+    command = (
+        "srun -N2 sh -c 'touch live-$SLURM_PROCID; "
+        "for i in $(seq 900); do [ -e live-stop ] && break; sleep 0.1; done; cat /etc/whose'"
+    )
+    with running(cluster, alice, command) as job:
+        wait_step(cluster, alice, "live", 2)
+        os.kill(cluster.pid_of("n1", "slurmd"), signal.SIGKILL)
+        cluster.kill_daemon("n1")
+        cluster.start_daemon("n1")
+        cluster.wait_daemon("n1")
+        cluster.run("n1", ["slurmd", "-N", "n1"]).ok()
+        (alice.home / "live-stop").touch()
+        out, err = job.communicate(timeout=150)
+        assert (job.returncode, out) == (0, "alice\nalice\n"), err
+    cluster.wait_idle()
+    cluster.wait_clean()
+    assert cluster.inside("srun -N3 cat /etc/whose", alice.name).ok() == "alice\n" * 3
+
+
+def test_a_job_fails_with_the_reason_where_no_daemon_runs(
+    cluster: SdeeCluster, alice: User
+) -> None:
+    cluster.kill_daemon("n3")
+    try:
+        done = cluster.inside("srun -w n3 touch ~/outside", alice.name)
+        assert done.code != 0
+        assert "sdeed" in done.err
+        assert not (alice.home / "outside").exists()
+        plain = cluster.run("login1", ["srun", "-w", "n3", "hostname"], alice.name)
+        assert plain.ok() == "n3\n", "jobs without an environment don't need it"
+    finally:
+        cluster.start_daemon("n3")
+        cluster.wait_daemon("n3")
+    cluster.wait_idle()
+    assert cluster.inside("srun -w n3 cat /etc/whose", alice.name).ok() == "alice\n"
+    cluster.wait_clean()
+
+
+def test_a_node_that_crashed_is_clean_when_it_is_back(cluster: SdeeCluster, alice: User) -> None:
+    clear(alice, "crash")
+    command = "srun -w n3 sh -c 'echo x > /opt/private; touch crash-up; sleep 500'"
+    with running(cluster, alice, command):
+        wait_step(cluster, alice, "crash", 1)
+        cluster.crash_node("n3")
+    cluster.start_node("n3")
+    cluster.wait_node("n3")
+    cluster.start_daemon("n3")
+    cluster.wait_daemon("n3")
+    cluster.wait_clean()
+    cluster.wait_idle()
+    assert cluster.inside("srun -w n3 cat /etc/whose", alice.name).ok() == "alice\n"
+    cluster.wait_clean()
