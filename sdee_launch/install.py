@@ -185,12 +185,11 @@ def _users_of_the_shell(root: Path) -> list[str]:
 
 
 def _slurm(root: Path, what: str) -> list[str]:
-    from sdee_launch.slurm import identity, install_slurm
+    from sdee_launch.slurm import install as slurm
 
-    function = install_slurm.install if what == "install" else install_slurm.uninstall
     try:
-        return function(root / "etc/slurm", root / str(identity.LIBRARY).lstrip("/"))
-    except install_slurm.InstallError as error:
+        return slurm.install(root) if what == "install" else slurm.uninstall(root)
+    except slurm.InstallError as error:
         raise OSError(str(error)) from None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import select
@@ -12,7 +13,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -256,8 +259,6 @@ def build_deb(directory: Path, name: str) -> Path:
 
 def build_wheel(directory: Path, name: str) -> Path:
     """A small pure Python wheel, made by hand: no network, no build tools."""
-    import zipfile
-
     target = directory / f"{name}-1.0-py3-none-any.whl"
     info = f"{name}-1.0.dist-info"
     with zipfile.ZipFile(target, "w") as wheel:
@@ -270,3 +271,109 @@ def build_wheel(directory: Path, name: str) -> Path:
             f"{info}/RECORD", f"{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n"
         )
     return target
+
+
+class Node:
+    """A machine as a site has it: the daemon, sshd, users whose login shell is sdee-login."""
+
+    def __init__(self, daemon: Daemon, sshd: Sshd, engine: str) -> None:
+        self.daemon = daemon
+        self.sshd = sshd
+        self.engine = engine
+
+    def say(self, user: User, script: str) -> str:
+        """What a script prints inside."""
+        return self.sshd.say(user, script)
+
+    def as_host(self, user: User, words: list[str]) -> subprocess.CompletedProcess[str]:
+        """Run a program on the host as this user."""
+        return subprocess.run(
+            words, user=user.uid, group=user.gid, extra_groups=[], cwd="/", timeout=SECONDS,
+            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(user.home), "USER": user.name},
+            capture_output=True, text=True, check=False, errors="replace", stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+    @contextlib.contextmanager
+    def sleeping(self, user: User) -> Iterator[int]:
+        """A process that stays inside, by the host's number for it."""
+        process = subprocess.Popen(
+            self.sshd.command(user, "echo here; exec sleep 1000"),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )  # fmt: skip
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "here\n"
+            found: list[int] = []
+
+            def look() -> bool:
+                for instance in self.daemon.instances():
+                    processes = instance["processes"]
+                    assert isinstance(processes, list)
+                    if instance["uid"] == user.uid:
+                        found.extend(p["pid"] for p in processes if p["command"] == "sleep 1000")
+                return bool(found)
+
+            wait_for(look, "the sleeper is seen")
+            yield found[0]
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(found[0], signal.SIGTERM)
+        finally:
+            process.terminate()
+            process.wait(SECONDS)
+            if process.stdout is not None:
+                process.stdout.close()
+
+    def end(self, user: User) -> None:
+        """No instance of this user lives any more."""
+        for item in self.daemon.instances():
+            if item["uid"] == user.uid:
+                with contextlib.suppress(Exception):
+                    self.daemon.request("kill", uid=user.uid, env=item["env"])
+
+    @contextlib.contextmanager
+    def secret(self, path: str) -> Iterator[str]:
+        """A file of root's that nobody else may read; an existing one is taken as it is."""
+        file = Path(path)
+        if file.exists():
+            yield file.read_bytes()[:60].decode("latin-1")
+            return
+        text = f"secret {os.urandom(8).hex()}"
+        made = file.parent if not file.parent.exists() else None
+        file.parent.mkdir(exist_ok=True)
+        if made:
+            made.chmod(0o700)
+        file.touch(0o600)
+        file.write_text(text + "\n")
+        try:
+            yield text
+        finally:
+            file.unlink()
+            if made:
+                made.rmdir()
+
+    def rescan_for(self, user: User) -> None:
+        """The daemon knows the secrets as they are now, and the user's next instance as well."""
+        if self.engine == "kernel":
+            self.daemon.request("node", rescan=True)
+            self.end(user)
+
+    def upper(self, user: User) -> Path:
+        """Where the host has the upper of the user's default environment."""
+        done = self.as_host(user, [SDEE, "env", "info", "--json", "default"])
+        assert done.returncode == 0, done.stderr
+        return Path(json.loads(done.stdout)["upper"])
+
+
+@contextlib.contextmanager
+def login_node(engine: str, *users: User, extra: str = "") -> Iterator[Node]:
+    """A whole node for the length of a block. `extra` goes to sshd's configuration."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        directory = Path(name)
+        directory.chmod(0o755)
+        with (
+            configuration(f'engine = "{engine}"\n'),
+            login_shell(LOGIN, *users),
+            node_daemon(directory) as daemon,
+            running_sshd(directory / "sshd", *users, extra=extra) as sshd,
+        ):
+            yield Node(daemon, sshd, engine)
