@@ -213,10 +213,13 @@ def _sdeefs_user(path: bytes) -> str | None:
     """Which live mount of ours has a layer, as the servers' records say."""
     from sdeefs.control import records
 
-    devices = {m.device[1] for m in read_mounts() if m.fstype == OUR_TYPE}
+    mounts = {(m.device[1], os.fsdecode(m.point)) for m in read_mounts() if m.fstype == OUR_TYPE}
     for record in records():
         layers = [record.get("upper"), record.get("work")]
-        if os.fsdecode(os.path.realpath(path)) in layers and record.get("minor") in devices:
+        if (
+            os.fsdecode(os.path.realpath(path)) in layers
+            and (record.get("minor"), record.get("merged")) in mounts
+        ):
             return f"sdeefs on {record.get('merged')} (pid {record.get('pid')})"
     return None
 
@@ -270,7 +273,7 @@ def _is_dead(point: bytes) -> bool:
 
     def trial() -> str:
         try:
-            os.stat(point)
+            os.statvfs(point)  # always asks the server, where stat() may be answered from a cache
         except OSError as error:
             return errno.errorcode.get(error.errno or 0, "")
         return "alive"

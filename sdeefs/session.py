@@ -53,6 +53,17 @@ class Session:
         self._tell: Any = None  # what to call when the transport has ended
         self._opened = False
 
+        def real(path: bytes | None) -> str | None:
+            return None if path is None else os.fsdecode(os.path.realpath(path))
+
+        # Now, while the working directory is the caller's.
+        self._places = {
+            "merged": None if merged is None else os.fsdecode(merged),
+            "upper": real(options.upper),
+            "work": real(options.work),
+            "lowers": [real(p) for p in options.lowers],
+        }
+
     # --- start ---------------------------------------------------------------------------------
 
     def open(self) -> None:
@@ -72,7 +83,7 @@ class Session:
         self._locks = refusals.lock_layers(self.options)
         userxattr = not privileges.on_host()
         settings = self.options.settings(userxattr=userxattr)
-        self.filesystem = Filesystem.open(settings)
+        self.filesystem = Filesystem.open_layers(settings)
         self._opened = True
         self._start_watch()
         device = self._mount()
@@ -213,17 +224,10 @@ class Session:
 
     def record(self) -> dict[str, Any]:
         """What is fixed for the life of the mount."""
-
-        def real(path: bytes | None) -> str | None:
-            return None if path is None else os.fsdecode(os.path.realpath(path))
-
         return {
             "engine": "fuse",
             "pid": os.getpid(),
-            "merged": None if self.merged is None else os.fsdecode(self.merged),
-            "upper": real(self.options.upper),
-            "work": real(self.options.work),
-            "lowers": [real(p) for p in self.options.lowers],
+            **self._places,
             "minor": self.minor,
             "transport": self.transport.name,
             "data_path": self.transport.data_path,
@@ -283,7 +287,7 @@ class Session:
                     if number == signal.SIGHUP:
                         log.reopen()
                     elif ending:
-                        self.transport.stop()
+                        nursery.start_soon(self._cut)
                     else:
                         ending = True
                         nursery.start_soon(self._end)
@@ -295,10 +299,33 @@ class Session:
         with trio.move_on_after(10):
             await trio.to_thread.run_sync(self._take_away, abandon_on_cancel=True)
             if self.merged is not None:
-                with trio.move_on_after(5):
-                    while not self._ended.is_set():
-                        await trio.sleep(0.02)
+                await self._until_ended(5)
+        await self._cut()
+
+    async def _until_ended(self, seconds: float) -> bool:
+        import trio
+
+        with trio.move_on_after(seconds):
+            while not self._ended.is_set():
+                await trio.sleep(0.02)
+        return self._ended.is_set()
+
+    async def _cut(self) -> None:
+        """Give the connection up, and make sure of it: a server that was told to end, ends."""
         self.transport.stop()
+        if await self._until_ended(3):
+            return
+        from mount_helpers.fuse import abort_connection
+
+        try:
+            abort_connection(self.minor)
+        except OSError as error:
+            logger.warning("aborting the connection: %s", error.strerror)
+        if not await self._until_ended(5):
+            logger.error("the transport doesn't end; giving up")
+            if self.control is not None:
+                self.control.close()
+            os._exit(1)
 
     async def _answer(self) -> None:
         """The control socket: each connection gets one JSON object."""

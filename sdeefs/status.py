@@ -20,29 +20,38 @@ OK, FAILURE = 0, 1
 
 
 def collect() -> list[dict[str, Any]]:
-    """One object for each mount. `state` is live, stuck, dead, or detached (mounted elsewhere)."""
+    """One object for each mount. `state` is live, stuck, dead, detached (mounted in
+    other namespaces alone), or unknown (another user's)."""
     mounts = read_mounts()
     points: dict[int, list[str]] = {}
     for mount in mounts:
         if mount.fstype == OUR_TYPE:
             points.setdefault(mount.device[1], []).append(os.fsdecode(mount.point))
     found = []
+    answered = []
+    killed = []
     for record in records():
-        minor = record.get("minor")
         try:
-            answer = ask(record)
+            answered.append((record, ask(record)))
         except OSError:
+            killed.append(record)
+    # The living first: a dead one's number may be in use again.
+    for record, answer in [*answered, *((record, None) for record in killed)]:
+        dead = record in killed
+        minor = record.get("minor")
+        here = points.get(minor, []) if isinstance(minor, int) else []
+        if dead and record.get("merged") not in here:
             forget(record)
             continue
-        here = points.pop(minor, []) if isinstance(minor, int) else []
+        points.pop(minor, None)  # type: ignore[arg-type]
         state = "stuck" if answer is None else "live" if here else "detached"
+        state = "dead" if dead else state
         entry = {**record, **(answer or {}), "state": state, "mounted_at": here}
-        entry["memory"] = _memory(entry.get("pid"))
+        entry["memory"] = None if state == "dead" else _memory(entry.get("pid"))
         log = Path(record["file"]).with_suffix(".log")
         entry["log"] = str(log) if log.exists() and log.stat().st_size else None
         del entry["file"]
         found.append(entry)
-    # Mounts without a server of ours: another user's, or a dead one.
     for minor, here in points.items():
         found.append(
             {"engine": "fuse", "minor": minor, "merged": here[0], "mounted_at": here,

@@ -93,7 +93,9 @@ def _server(mount: Mount) -> int | None:
         return None
     for record in records():
         if record.get("minor") == mount.device[1]:
-            return _pidfd(record)
+            found = _pidfd(record)
+            if found is not None:
+                return found
     return None
 
 
