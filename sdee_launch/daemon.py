@@ -22,11 +22,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import trio
 
-from sdee_launch import daemon_ops, instances, keeper, protocol
+from sdee_launch import config, daemon_ops, instances, keeper, protocol
 from sdee_launch.daemon_ops import Request
 from sdee_launch.daemon_wire import listening_socket, notify, receive, send
 from sdee_launch.instances import Record, Registry
@@ -420,6 +420,21 @@ async def _run(daemon_arguments: tuple[socket.socket, str, Limits, Rule], path: 
             daemon.masks.close()
 
 
+def _configured() -> tuple[Limits, Rule]:
+    """What the site's file says. Raises ConfigError."""
+    site = config.site_settings()
+    numbers = dict(site.section("daemon"))
+    for name, value in numbers.items():
+        if value < 1:
+            raise config.ConfigError(f"{config.SITE_FILE}: daemon.{name}: at least 1")
+    globs = site.section("masks")
+    rule = Rule(
+        RULE.blank + tuple(x.lstrip("/") for x in globs.get("blank", ())),
+        RULE.public + tuple(x.lstrip("/") for x in globs.get("public", ())),
+    )
+    return replace(LIMITS, **numbers), rule
+
+
 def main(arguments: list[str] | None = None) -> int:
     """`sdeed`, `sdee daemon`."""
     parser = argparse.ArgumentParser(prog="sdeed", description="The daemon of SDEE on one node.")
@@ -443,9 +458,14 @@ def main(arguments: list[str] | None = None) -> int:
     from sdee_launch import daemon_requests  # noqa: F401 - registers the operations of every user
 
     daemon_ops.load_extensions()
+    try:
+        limits, rule = _configured()
+    except config.ConfigError as error:
+        print(f"sdeed: {error}", file=sys.stderr)
+        return 1
     _, template = keeper.start_template()
     try:
-        trio.run(_run, (template, options.state, Limits(), Rule()), options.socket)
+        trio.run(_run, (template, options.state, limits, rule), options.socket)
     except OSError as error:
         print(f"sdeed: {error.filename or options.socket}: {error.strerror}", file=sys.stderr)
         return 1

@@ -7,15 +7,15 @@ name another user (`uid`).
 from __future__ import annotations
 
 import os
-import pwd
 import signal
 import time
-from dataclasses import dataclass
+from dataclasses import asdict
 from importlib import metadata
 
 import trio
 
 from sdee_launch import instances, masks
+from sdee_launch.accounts import Account, account_of
 from sdee_launch.daemon import Daemon
 from sdee_launch.daemon_ops import Reply, Request, operation
 from sdee_launch.instances import Process, Record, valid_environment
@@ -25,31 +25,11 @@ VERSION = metadata.version("sdee")
 ENGINES = ("auto", "kernel", "fuse")
 
 
-@dataclass(frozen=True)
-class Owner:
-    """An account, as the name service has it."""
-
-    name: str
-    uid: int
-    gid: int
-    home: str
-    shell: str
-    groups: tuple[int, ...]
-
-
-async def owner_of(uid: int) -> Owner:
+async def owner_of(uid: int) -> Account:
     """Look an account up, for at most ten seconds. Raises Refused if there is none."""
-
-    def look_up() -> Owner:
-        record = pwd.getpwuid(uid)
-        groups = os.getgrouplist(record.pw_name, record.pw_gid)
-        return Owner(
-            record.pw_name, uid, record.pw_gid, record.pw_dir, record.pw_shell, tuple(groups)
-        )
-
     try:
         with trio.fail_after(10):
-            return await trio.to_thread.run_sync(look_up, abandon_on_cancel=True)
+            return await trio.to_thread.run_sync(account_of, uid, abandon_on_cancel=True)
     except KeyError:
         raise Refused(f"uid {uid} has no account on this node", "denied") from None
     except trio.TooSlowError:
@@ -58,7 +38,7 @@ async def owner_of(uid: int) -> Owner:
 
 async def join_instance(
     daemon: Daemon,
-    owner: Owner,
+    owner: Account,
     environment: str,
     engine: str = "auto",
     binds: tuple[str, ...] = (),
@@ -102,7 +82,7 @@ def _check_fits(record: Record, engine: str, binds: tuple[str, ...]) -> None:
 
 async def _make(
     daemon: Daemon,
-    owner: Owner,
+    owner: Account,
     environment: str,
     engine: str,
     binds: tuple[str, ...],
@@ -124,7 +104,7 @@ async def _make(
         owner.uid,
         {
             "do": "make",
-            "owner": owner.__dict__,
+            "owner": asdict(owner),
             "environment": environment,
             "engine": engine,
             "binds": list(binds),
