@@ -1,8 +1,9 @@
 """Backing ids: the kernel's names for files that it reads and writes itself (FUSE passthrough).
 
-The kernel allows one backing file per inode at a time, so an id is registered with the first
-handle of a node and serves all others until the last is released. A node whose first file was
-refused (its filesystem is stacked too deep) is served through the page cache until then, too.
+The kernel allows one backing file per inode at a time, and no mixture of it with the page cache. So
+an id is registered with the first handle of a node and serves all others until the last is
+released; and a node whose first handle goes through the page cache, because the core says so or
+the file was refused (its filesystem is stacked too deep), stays with it until then.
 """
 
 from __future__ import annotations
@@ -38,16 +39,24 @@ class BackingIds:
         self._node_of: dict[int, int] = {}
         self._refused: set[int] = set()
 
-    def acquire(self, node: int, handle: int, backing: int) -> int:
-        """The id for one more handle of a node whose file is `backing`; CACHED where refused."""
+    def acquire(self, node: int, handle: int, backing: int | None) -> int:
+        """The id for one more handle of a node, or CACHED. `backing` None: CACHED is wanted."""
         with self._lock:
-            self._node_of[handle] = node
             use = self._uses.get(node)
-            if use is not None:
+            if use is None:
+                backing_id = CACHED if backing is None else self._register(backing)
+                use = self._uses[node] = _Use(backing_id)
+            elif backing is None and use.backing_id != CACHED:
+                return CACHED  # the kernel refuses this open (EIO): never another file's data
+            else:
                 use.handles += 1
-                return use.backing_id
-            use = self._uses[node] = _Use(self._register(backing))
+            self._node_of[handle] = node
             return use.backing_id
+
+    def passes_through(self, node: int) -> bool:
+        """Whether handles of this node are open that the kernel serves by itself."""
+        use = self._uses.get(node)
+        return use is not None and use.backing_id != CACHED
 
     def release(self, handle: int) -> None:
         """A handle is closed."""

@@ -11,6 +11,7 @@ import logging
 import os
 import threading
 
+from mount_helpers import syscalls
 from sdeefs.core.api import Operations
 from sdeefs.transports import wire
 from sdeefs.transports.backing import BackingIds
@@ -44,6 +45,45 @@ def caller_is_killed(pid: int) -> bool:
     except OSError:
         return False
     return False
+
+
+def abort_connection(device: int) -> bool:
+    """Have the kernel give a connection up: every caller and every reader gets an error.
+
+    By the fusectl filesystem, where it is mounted or, with privileges, by a mount of our own.
+    False where neither can be had: then the connection lasts until its last descriptor is closed.
+    """
+    try:
+        with open(f"/proc/self/fdinfo/{device}", encoding="ascii") as file:  # Linux >= 6.6
+            numbers = [line.split()[1] for line in file if line.startswith("fuse_connection:")]
+    except OSError:
+        return False
+    if not numbers:
+        return False
+    name = f"{numbers[0]}/abort"
+    try:
+        with open(f"/sys/fs/fuse/connections/{name}", "wb", buffering=0) as abort:
+            abort.write(b"1")
+            return True
+    except OSError:
+        pass
+    try:
+        fs = syscalls.fsopen("fusectl")
+        try:
+            syscalls.fsconfig_create(fs)
+            root = syscalls.fsmount(fs)
+        finally:
+            os.close(fs)
+        try:
+            fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=root)
+        finally:
+            os.close(root)
+        with open(fd, "wb", buffering=0) as abort:
+            abort.write(b"1")
+            return True
+    except OSError as error:
+        log.debug("can't abort the connection: %s", error)
+        return False
 
 
 class Connection:
@@ -139,7 +179,6 @@ class Connection:
             ),
             self._backing_ids,
             self._interrupt,
-            self._notify_reply,
         )
 
     # For subclasses
@@ -176,9 +215,6 @@ class Connection:
 
     def _drop(self, unique: int) -> None:
         """Answer EINTR to a request whose caller is killed."""
-
-    def _notify_reply(self) -> None:
-        """An answer to `wire.retrieve()`."""
 
     def _wind_up(self) -> None:
         """After the last request: end the helpers and close the device, by which the kernel

@@ -1,8 +1,8 @@
 """The device transport: threads that read requests from /dev/fuse and write the answers, in Python.
 
 Each thread has a descriptor of its own (FUSE_DEV_IOC_CLONE), so that they don't meet on one queue
-of answers. They block in read(2), where the kernel wakes exactly one for each request; `stop()`
-wakes them by having the kernel send each a request.
+of answers. They block in read(2), where the kernel wakes exactly one for each request, and nothing
+but the end of the connection wakes them otherwise: `stop()` aborts it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,17 @@ import logging
 import os
 import threading
 
+from sdeefs.core.api import Operations
 from sdeefs.transports import wire
-from sdeefs.transports.connection import GONE, Connection, error_number, note_reply_failed
+from sdeefs.transports.connection import (
+    GONE,
+    Connection,
+    abort_connection,
+    error_number,
+    note_reply_failed,
+)
 from sdeefs.transports.mount_device import open_device
-from sdeefs.transports.requests import Stop
+from sdeefs.transports.transport import TransportOptions
 
 log = logging.getLogger(__name__)
 
@@ -44,41 +51,47 @@ class DeviceTransport(Connection):
 
     name = "device"
 
+    def __init__(
+        self, operations: Operations, fuse_fd: int, options: TransportOptions | None = None
+    ) -> None:
+        super().__init__(operations, fuse_fd, options)
+        self._finished = threading.Event()
+        self._serving = 0
+
     def run(self) -> None:
-        """Serve until the mount is gone or `stop()`; then every descriptor of ours is closed, by
-        which the kernel aborts the connection if it is still there."""
+        """Serve until the mount is gone or `stop()`."""
         try:
             if self._agreement is None:
                 self.negotiate()
             for _ in range(1, max(1, self._options.threads)):
                 self._descriptors.append(clone_device(self._fd))
-            threads = [
-                threading.Thread(target=self._serve, args=(fd,), name=f"device-{i}", daemon=True)
-                for i, fd in enumerate(self._descriptors[1:], 1)
-            ]
-            for thread in threads:
-                thread.start()
-            self._serve(self._fd)
-            for thread in threads:
-                thread.join()
+            self._serving = len(self._descriptors)
+            for i, fd in enumerate(self._descriptors):
+                threading.Thread(
+                    target=self._serve_one, args=(fd,), name=f"device-{i}", daemon=True
+                ).start()
+            self._finished.wait()
         finally:
             self._wind_up()
 
     def stop(self) -> None:
+        """See `transport.Transport`. Where the kernel lets nobody abort the connection, the
+        readers stay blocked, and the connection lasts until the process ends."""
         with self._ending:
             if self._stopping.is_set() or self._over.is_set():
                 return
             self._stopping.set()
-            try:
-                for _ in range(max(1, self._options.threads)):
-                    os.write(self._fd, wire.retrieve(1))
-            except OSError as error:
-                if error.errno not in (*GONE, errno.ENOENT):
-                    log.error("can't stop: %s", error.strerror)
+            if not abort_connection(self._fd):
+                self._finished.set()
 
-    def _notify_reply(self) -> None:
-        if self._stopping.is_set():
-            raise Stop
+    def _serve_one(self, fd: int) -> None:
+        try:
+            self._serve(fd)
+        finally:
+            with self._ending:
+                self._serving -= 1
+                if self._serving == 0:
+                    self._finished.set()
 
     def _drop(self, unique: int) -> None:
         for fd in self._descriptors:
@@ -127,8 +140,6 @@ class DeviceTransport(Connection):
                 continue
             except OSError as error:
                 number = error_number(error)
-            except Stop:
-                return
             except IndexError:
                 number = errno.ENOSYS if opcode >= wire.OPCODES else errno.EIO
                 if number == errno.EIO:

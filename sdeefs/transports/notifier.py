@@ -23,7 +23,7 @@ class Notifier:
     """Writes invalidations to the device; the thread starts with the first one."""
 
     def __init__(self, device: int) -> None:
-        self._device = device
+        self.device = device
         self._waiting: dict[_Key, None] = {}
         self._changed = threading.Condition(threading.Lock())
         self._thread: threading.Thread | None = None
@@ -76,7 +76,7 @@ class Notifier:
 
     def _write(self, message: bytes) -> None:
         try:
-            os.write(self._device, message)
+            os.write(self.device, message)
         except OSError as error:
             # ENOENT: the kernel doesn't know it. ENODEV and ENOTCONN: the mount is gone.
             # ENOTDIR, ENOTEMPTY, EBUSY: something is mounted there or it has become another thing.

@@ -43,10 +43,6 @@ class Deferred:
         return self.encode(self.later.finish())
 
 
-class Stop(BaseException):
-    """Raised out of a handler: this thread shall end."""
-
-
 Body = bytes
 Reply = bytes | Deferred | None
 Handler = Callable[[int, Body, int, int, int], Reply]
@@ -74,7 +70,6 @@ def handlers(
     features: Features,
     backing_ids: BackingIds | None,
     interrupt: Callable[[int], None],
-    notify_reply: Callable[[], None],
 ) -> list[Handler]:
     """The table. `backing_ids` None: no passthrough; `interrupt` is told a request's unique."""
     table: list[Handler] = [not_implemented] * wire.OPCODES
@@ -84,7 +79,7 @@ def handlers(
         _files(operations, features, backing_ids),
         _directories(operations),
         _xattrs(operations, features),
-        _control(interrupt, notify_reply),
+        _control(interrupt),
     ):
         for opcode, handler in part.items():
             table[opcode] = handler
@@ -260,19 +255,28 @@ def _files(operations: Operations, features: Features, backing_ids: BackingIds |
     # With write-back the kernel ignores FOPEN_NOFLUSH; FLUSH answers ENOSYS once instead.
     base = 0 if features.flush else wire.FOPEN_NOFLUSH
 
-    def encode_open(node: int, opened: Opened) -> bytes:
+    def encode_open(node: int, opened: Opened, flags: int) -> bytes:
         handle, io, backing, keep_cache = opened
-        if io is passthrough and backing_ids is not None:
-            backing_id = backing_ids.acquire(node, handle, backing)
-            if backing_id:
-                return open_out(handle, base | wire.FOPEN_PASSTHROUGH, backing_id)
         if io is direct:
             return open_out(handle, base | wire.FOPEN_DIRECT_IO, 0)
+        if backing_ids is not None:
+            if io is not passthrough or (
+                flags & os.O_ACCMODE
+                and os.fstat(backing).st_mode & 0o6000
+                and not backing_ids.passes_through(node)
+            ):
+                # Linux <= 6.18 with KILLPRIV_V2 leaves setuid and setgid when it writes through:
+                # such a file is written by requests, which say when the bits are to go.
+                backing_id = backing_ids.acquire(node, handle, None)
+            else:
+                backing_id = backing_ids.acquire(node, handle, backing)
+            if backing_id:
+                return open_out(handle, base | wire.FOPEN_PASSTHROUGH, backing_id)
         return open_out(handle, base | wire.FOPEN_KEEP_CACHE if keep_cache else base, 0)
 
     def encode_create(answer: tuple[Entry, Opened]) -> bytes:
         entry, opened = answer
-        return pack_entry(entry) + encode_open(entry.node, opened)
+        return pack_entry(entry) + encode_open(entry.node, opened, os.O_RDWR)
 
     def open_(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
         flags, open_flags = wire.OPEN_IN.unpack_from(body)
@@ -280,8 +284,8 @@ def _files(operations: Operations, features: Features, backing_ids: BackingIds |
             node, flags, _caller((uid, gid, pid)), bool(open_flags & wire.OPEN_KILL_SUIDGID)
         )
         if isinstance(answer, Later):
-            return Deferred(answer, lambda opened: encode_open(node, opened))
-        return encode_open(node, answer)
+            return Deferred(answer, lambda opened: encode_open(node, opened, flags))
+        return encode_open(node, answer, flags)
 
     def create(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
         flags, mode, umask, _ = wire.CREATE_IN.unpack_from(body)
@@ -462,7 +466,7 @@ def _xattrs(operations: Operations, features: Features) -> Part:
     }
 
 
-def _control(interrupt: Callable[[int], None], notify_reply: Callable[[], None]) -> Part:
+def _control(interrupt: Callable[[int], None]) -> Part:
     """What the kernel says about the connection and about other requests."""
 
     def interrupted(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
@@ -470,8 +474,7 @@ def _control(interrupt: Callable[[int], None], notify_reply: Callable[[], None])
         return None
 
     def reply(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
-        notify_reply()
-        return None
+        return None  # what the kernel sends when it is asked for pages, which we never do
 
     def destroy(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
         return b""

@@ -8,8 +8,6 @@ those of answers `*_OUT`. All integers are in the machine's byte order, as the k
 from __future__ import annotations
 
 import enum
-import stat
-import sys
 from struct import Struct
 from typing import NamedTuple
 
@@ -229,7 +227,6 @@ INIT_OUT = Struct("=IIIIHHIIHHIIH22x")
 
 NOTIFY_INVAL_INODE = Struct("=IiQQqq")
 NOTIFY_INVAL_ENTRY = Struct("=IiQQII")
-NOTIFY_RETRIEVE = Struct("=IiQQQQII")
 BACKING_MAP = Struct("=iIQ")
 BACKING_ID = Struct("=I")
 
@@ -390,16 +387,5 @@ def inval_entry(parent: int, name: bytes, flags: int = 0) -> bytes:
     )
 
 
-def retrieve(node: int) -> bytes:
-    """A whole notification: asks for no bytes of a node, which the kernel answers by a request."""
-    return NOTIFY_RETRIEVE.pack(NOTIFY_RETRIEVE.size, Notify.RETRIEVE, 0, 0, node, 0, 0, 0)
-
-
-def kind_of(mode: int) -> int:
-    """The S_IFMT bits, as `DirectoryEntry.kind` has them."""
-    return stat.S_IFMT(mode)
-
-
-assert sys.byteorder in ("little", "big")
 assert ENTRY_OUT.size == 128 and ATTR_OUT.size == 104 and IN_HEADER.size == 40
 assert INIT_OUT.size == 64 and STATX_OUT.size == 288 and SETATTR_IN.size == 88

@@ -45,7 +45,7 @@ class Mirror:
         self.next_node = 2
         self.handles: dict[int, int] = {}
         self.next_handle = 1
-        self.slow_seconds = 0.0
+        self.gate = ""  # a path: what is slow waits until it is there
         self.calls: list[tuple[object, ...]] = []
 
     # helpers
@@ -140,7 +140,9 @@ class Mirror:
         if change.mode == 0o707:  # a slow one, for the tests of what takes long
 
             def slow() -> tuple[Attributes, float]:
-                time.sleep(self.slow_seconds)
+                end = time.monotonic() + 60
+                while self.gate and not os.path.exists(self.gate) and time.monotonic() < end:
+                    time.sleep(0.01)
                 return work()
 
             return Later(slow)
@@ -224,7 +226,10 @@ class Mirror:
     def write(
         self, handle: int, offset: int, data: bytes | memoryview, kill_suid_sgid: bool
     ) -> int:
-        return os.pwrite(self.handles[handle], data, offset)
+        fd = self.handles[handle]
+        if kill_suid_sgid:
+            os.chmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) & 0o1777)
+        return os.pwrite(fd, data, offset)
 
     def flush(self, handle: int) -> None:
         self.calls.append(("flush", handle))
