@@ -63,12 +63,12 @@ class Pair:
             self.theirs.close()
 
 
-def make_lower(lower: Path, areas: int) -> None:
+def make_lower(lower: Path, areas: int, xattrs: bool = True) -> None:
     """The same tree in each of the areas 0, 1, …"""
     first = lower / "0"
     first.mkdir(parents=True)
     first.chmod(0o777)
-    build_lower(str(first))
+    build_lower(str(first), xattrs)
     for number in range(1, areas):
         lab.run("cp", "-a", first, lower / str(number))
 
@@ -79,12 +79,12 @@ def open_pair(
     theirs: lab.Engine,
     lowers: tuple[Path, ...],
     upper_on: Path | None,
+    their_upper_on: Path | None = None,
 ) -> Pair:
-    """Mount both; uppers on the filesystem `upper_on` (base's own if None)."""
-    place = upper_on or base
+    """Mount both; uppers on the filesystem `upper_on` (base's own if None), or each on its own."""
     layers = []
-    for name in ("ours-", "theirs-"):
-        made = lab.Layers.make(place, lowers, name)
+    for name, place in (("ours-", upper_on), ("theirs-", their_upper_on or upper_on)):
+        made = lab.Layers.make(place or base, lowers, name)
         merged = base / f"{name}merged"
         merged.mkdir(exist_ok=True)
         layers.append(replace(made, base=base, merged=merged))
@@ -153,11 +153,15 @@ class Run:
     areas: int
     steps: int
     swap: bool = True
+    lacks: frozenset[str] = frozenset()
     played: dict[str, list[Step]] = field(default_factory=dict)
 
-    def play(self, base: Path, lowers: tuple[Path, ...], upper_on: Path | None) -> int:
+    def play(
+        self, base: Path, lowers: tuple[Path, ...], upper_on: Path | None,
+        their_upper_on: Path | None = None,
+    ) -> int:  # fmt: skip
         """Play it all; the number of steps. Raises Disagreement."""
-        pair = open_pair(base, self.ours, self.theirs, lowers, upper_on)
+        pair = open_pair(base, self.ours, self.theirs, lowers, upper_on, their_upper_on)
         total = 0
         try:
             for half in range(2):
@@ -198,7 +202,7 @@ class Run:
 
     def _area(self, pair: Pair, area: str, part: int) -> int:
         seed = self.seed * 1_000_003 + int(area) * 10 + part
-        generator = Generator(seed, self.ours.lacks)
+        generator = Generator(seed, self.ours.lacks | self.lacks)
         count = self.steps if part < 2 else self.steps // 4
         steps = generated(generator, lambda: kinds(f"{pair.theirs.point}/{area}"), count)
         try:

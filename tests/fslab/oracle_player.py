@@ -69,6 +69,15 @@ class Player:
             os.close(handle.fd)
         self.handles.clear()
 
+    def close_lost(self) -> None:
+        """Close the handles on a server that has gone."""
+        for handle in self.handles.values():
+            try:
+                os.close(handle.fd)
+            except OSError:
+                pass
+        self.handles.clear()
+
     def _path(self, path: object) -> str:
         return f"{self.root}/{path}" if path else self.root
 
@@ -342,7 +351,7 @@ def differences(ours: dict[str, Result], theirs: dict[str, Result]) -> list[str]
 # -- what lower is made of --------------------------------------------------------------------------
 
 
-def build_lower(root: str) -> None:
+def build_lower(root: str, xattrs: bool = True) -> None:
     """A small tree with one of everything, all times long ago."""
     for path, mode in (
         ("a", 0o755), ("a/b", 0o755), ("a/b/c", 0o777), ("d", 0o777), ("e", 0o755), ("s", 0o755),
@@ -374,6 +383,15 @@ def build_lower(root: str) -> None:
     os.chown(f"{root}/d/f1", 60001, 60001)
     os.chown(f"{root}/t/f0", 60002, 60002)
     os.chown(f"{root}/a/b/c/f0", 60001, 60003)
+    if xattrs:
+        _set_xattrs(root)
+    for index, (directory, directories, files) in enumerate(os.walk(root, topdown=False)):
+        for name in sorted((*files, *directories, ".")):
+            moment = 900_000_000_000_000_000 + index * 10**9 + len(name)
+            os.utime(f"{directory}/{name}", ns=(moment, moment), follow_symlinks=False)
+
+
+def _set_xattrs(root: str) -> None:
     os.setxattr(f"{root}/f1", "user.a", b"lower")
     os.setxattr(f"{root}/a", "user.b", b"lower")
     os.setxattr(f"{root}/d", "system.posix_acl_default", _DEFAULT_ACL)
@@ -381,10 +399,6 @@ def build_lower(root: str) -> None:
     os.setxattr(
         f"{root}/a/f0", "security.capability", struct.pack("<IIIII", 0x02000001, 0x400, 0, 0, 0)
     )
-    for index, (directory, directories, files) in enumerate(os.walk(root, topdown=False)):
-        for name in sorted((*files, *directories, ".")):
-            moment = 900_000_000_000_000_000 + index * 10**9 + len(name)
-            os.utime(f"{directory}/{name}", ns=(moment, moment), follow_symlinks=False)
 
 
 _DEFAULT_ACL = struct.pack("<I", 2) + b"".join(

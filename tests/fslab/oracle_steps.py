@@ -62,6 +62,10 @@ class Generator:
         if "fallocate" in self.lacks:
             self.calls = [c for c in self.calls if c != "fallocate"]
 
+        if "xattr" in self.lacks:
+            self.calls = [c for c in self.calls if "xattr" not in c and not c.startswith("seta")]
+            self.calls = [c for c in self.calls if c != "setcap"]
+
     def know(self, tree: dict[str, int]) -> None:
         self.known = dict(sorted(tree.items()))
 
