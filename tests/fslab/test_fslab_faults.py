@@ -184,28 +184,6 @@ def fill(path: Path, count: int) -> set[int | None]:
     return errors
 
 
-@each_engine(*lab.chosen(lab.RING, lab.PASSTHROUGH, lab.WRITEBACK, lab.PYFUSE3))
-def test_reserved_blocks_stay_reserved(engine: lab.Engine) -> None:
-    """What a filesystem keeps for root isn't given to users, though the server is root."""
-    with lab.workspace("reserved") as base:
-        image, fs = base / "fs.img", base / "fs"
-        fs.mkdir()
-        lab.run("truncate", "-s", "48M", image)
-        lab.run("mkfs.ext4", "-q", "-m", "50", "-O", "^has_journal", image)
-        lab.run("mount", "-o", "loop", image, fs)
-        try:
-            layers = layers_on(fs, base)
-            assert layers.upper is not None
-            layers.upper.chmod(0o777)
-            with lab.mounted(engine, layers, log=ANY_LOG):
-                with lab.acting_as(lab.ALICE):
-                    assert fill(layers.merged / "f", 1000) == {28}
-                left = os.statvfs(fs)
-                assert left.f_bfree > left.f_blocks // 4
-        finally:
-            lab.unmount_filesystem(fs)
-
-
 @each_engine(*lab.chosen(lab.RING, lab.WRITEBACK))
 def test_quota(engine: lab.Engine) -> None:
     """EDQUOT reaches the caller: of a copy-up, and of writing."""
