@@ -104,8 +104,10 @@ class Connection:
         self._agreement: Agreement | None = None
         self._handlers: list[Handler] = []
         self._backing_ids: BackingIds | None = None
-        self._workers = Workers(self._options.workers)
-        self._notifier = Notifier(fuse_fd)
+        # A thread inherits its maker's CPUs, and a ring's thread has only one.
+        cpus = os.sched_getaffinity(0)
+        self._workers = Workers(self._options.workers, cpus)
+        self._notifier = Notifier(fuse_fd, cpus)
         self._waiting: dict[int, int] = {}  # unique -> pid, of requests that wait for a worker
         self._stopping = threading.Event()
         self._over = threading.Event()
@@ -122,7 +124,11 @@ class Connection:
         return self._agreement is not None and not self._over.is_set()
 
     def counters(self) -> dict[str, int]:
-        sums = [sum(column) for column in zip(*self._counts, strict=True)]
+        return self._sum(self._counts)
+
+    @staticmethod
+    def _sum(lists: list[list[int]]) -> dict[str, int]:
+        sums = [sum(column) for column in zip(*lists, strict=True)]
         return {
             _OPCODE_NAMES.get(opcode, str(opcode)): count
             for opcode, count in enumerate(sums)

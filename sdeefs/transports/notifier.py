@@ -13,6 +13,7 @@ import os
 import threading
 
 from sdeefs.transports import wire
+from sdeefs.transports.workers import run_on
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +23,8 @@ _Key = tuple[int, bytes | None, bool]
 class Notifier:
     """Writes invalidations to the device; the thread starts with the first one."""
 
-    def __init__(self, device: int) -> None:
+    def __init__(self, device: int, cpus: set[int] | None = None) -> None:
+        self._cpus = cpus
         self.device = device
         self._waiting: dict[_Key, None] = {}
         self._changed = threading.Condition(threading.Lock())
@@ -60,6 +62,7 @@ class Notifier:
                 self._changed.notify()
 
     def _work(self) -> None:
+        run_on(self._cpus)
         while True:
             with self._changed:
                 while not self._waiting:

@@ -408,8 +408,8 @@ def test_many_callers(transport: str, callers: int, source: Path, root: Path) ->
 LOAD = (
     "import os, sys\n"
     "root = sys.argv[1]\n"
-    "print('begun', flush=True)\n"
     "device = os.stat(root).st_dev\n"
+    "print('begun', flush=True)\n"
     "try:\n"
     "    while os.stat(root).st_dev == device:\n"
     "        for name in os.listdir(root):\n"
