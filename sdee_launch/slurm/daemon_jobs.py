@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import trio
 
-from sdee_launch import instances
+from sdee_launch import environments, instances
 from sdee_launch.daemon import Daemon
 from sdee_launch.daemon_ops import STARTERS, Reply, Request, operation
 from sdee_launch.daemon_requests import join_instance, owner_of
@@ -49,7 +49,7 @@ async def job_submit(daemon: Daemon, request: Request) -> Reply:
     """Take a snapshot of the caller's environment, for a job; what its Prolog is to know."""
     owner = await owner_of(request.uid)
     environment = request.get("environment", str)
-    if not instances.valid_environment(environment):
+    if not environments.valid_name(environment):
         raise Refused(f"{environment[:80]!r} is no name of an environment", "bad-request")
     generation = request.get("generation", int, 0)
     inside = _of_instance(daemon, request.pid)
@@ -141,11 +141,10 @@ async def job_join(daemon: Daemon, request: Request) -> Reply:
         record.uid, f"job={job}"
     )
     guard = filters.of(live.extra if live is not None else {})
-    if guard.filter:
-        fds.append(guard.descriptor())
+    if guard.seccomp:
+        fds.append(filters.descriptor(guard))
     variables = {
         **identity.environment(),
-        **guard.environment,
         "SDEE_ENVIRONMENT": record.reference.partition("@")[0],
         "SDEE_GENERATION": record.reference.partition("@")[2],
         "SDEE_JOB": str(job),
@@ -153,7 +152,8 @@ async def job_join(daemon: Daemon, request: Request) -> Reply:
     return Reply(
         {
             "fds": ["user", "mnt", "pid", "root", "seccomp"][: len(fds)],
-            "bounding": f"{guard.bounding:x}",
+            "bounding": f"{guard.capabilities:x}",
+            "no_new_privs": "1" if guard.no_new_privs else "0",
             "environment": "\n".join(f"{name}={value}" for name, value in variables.items()),
         },
         fds,

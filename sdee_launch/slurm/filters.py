@@ -8,19 +8,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+
+from sdee_launch.privileges import Guard, make_guard
 
 
-@dataclass(frozen=True, slots=True)
-class Guard:
-    """Capabilities to keep (a bit each), the compiled filter, variables of a session."""
+def of(extra: Mapping[str, object]) -> Guard:
+    """The guard of an instance, from what its record keeps for those who join; else the default."""
+    found = extra.get("guard", extra)
+    if not isinstance(found, Mapping) or "capabilities" not in found:
+        return make_guard()
+    return Guard(
+        int(str(found["capabilities"]), 16),
+        bytes.fromhex(str(found.get("seccomp", ""))),
+        bool(found.get("no_new_privs")),
+    )
 
-    bounding: int
-    filter: bytes = b""
-    environment: Mapping[str, str] = field(default_factory=dict)
 
-    def descriptor(self) -> int:
-        """The filter in a file; the caller's to close. Raises OSError."""
-        fd = os.memfd_create("sdee-seccomp", os.MFD_CLOEXEC)
-        os.write(fd, self.filter)
-        return fd
+def descriptor(guard: Guard) -> int:
+    """Its filter in a file; the caller's to close. Raises OSError."""
+    fd = os.memfd_create("sdee-seccomp", os.MFD_CLOEXEC)
+    os.write(fd, guard.seccomp)
+    return fd

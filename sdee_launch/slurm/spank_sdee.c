@@ -58,6 +58,7 @@ static int joined;           /* this step has an instance to join */
 static int fds[FD_COUNT] = {-1, -1, -1, -1, -1};
 static int own_pid_ns = -1;  /* where task_post_fork goes back to */
 static uint64_t bounding;    /* capabilities that a task may keep */
+static int no_new_privs;
 static char failure[TEXT];   /* why this step can't start */
 static const char *python = "python3";
 static const char *place = SOCKET;
@@ -401,6 +402,7 @@ static int ask_daemon(spank_t sp, uint32_t job)
 		goto out;
 	}
 	bounding = strtoull(value, NULL, 16);
+	no_new_privs = member(reply, "no_new_privs", value, sizeof value) && *value == '1';
 	if (member(reply, "environment", value, sizeof value))
 		for (line = strtok_r(value, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest))
 			if ((equals = strchr(line, '='))) {
@@ -579,12 +581,12 @@ int slurm_spank_task_init(spank_t sp, int ac, char **av)
 		fail("the instance's mount namespace");
 	else if (chdir(directory) && (slurm_error("sdee: %s: %m: going to /tmp instead", directory), chdir("/tmp")))
 		fail("/tmp");
+	else if (no_new_privs && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
+		fail("no_new_privs");
+	else if (set_filter()) /* while CAP_SYS_ADMIN is there */
+		fail("seccomp");
 	else if (drop_capabilities())
 		fail("capabilities");
-	else if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))
-		fail("no_new_privs");
-	else if (set_filter())
-		fail("seccomp");
 	if (*failure) {
 		slurm_error("sdee: %s", failure);
 		return -1;

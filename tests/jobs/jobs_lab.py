@@ -17,6 +17,15 @@ from tests.jobs.cluster_lab import PATIENCE, Cluster, Result, wait_for
 #: As nodes see it: the plugin, the hooks and the client program.
 LIBRARY = "/etc/slurm/sdee"
 
+#: Directories that only the test cluster mounts over the host's: no filesystems of their own.
+CONFIGURATION = """\
+[instance]
+not_there = [
+    "/boot", "/efi", "/etc/munge", "/etc/sdee", "/etc/slurm", "/var/lib/munge", "/var/lib/sdee",
+    "/var/lib/slurm", "/var/log/munge", "/var/log/slurm",
+]
+"""
+
 SDEE_NODES = ("login1", "n1", "n2", "n3")
 
 
@@ -24,7 +33,7 @@ SDEE_NODES = ("login1", "n1", "n2", "n3")
 class SdeeCluster(Cluster):
     """`with SdeeCluster() as cluster:` gives an idle cluster, ready for jobs in environments."""
 
-    configuration: str = ""
+    configuration: str = CONFIGURATION
     daemons: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -69,7 +78,8 @@ class SdeeCluster(Cluster):
         def answers() -> bool:
             process = self.daemons[node]
             assert process.poll() is None, self.log(f"sdeed-{node}")
-            return self.run(node, ["sdee", "status"], timeout=60).code == 0
+            ask = "from sdee_launch import protocol; protocol.request(\"status\")"
+            return self.run(node, [sys.executable, "-I", "-c", ask], timeout=60).code == 0
 
         socket = Path(f"/proc/{self.nodes[node].init}/root/run/sdee/sdeed.sock")
         wait_for(
