@@ -17,7 +17,6 @@ from mount_helpers.syscalls import (
     FAN_DELETE,
     FAN_EVENT_ON_CHILD,
     FAN_MARK_ADD,
-    FAN_MARK_EVICTABLE,
     FAN_MARK_ONLYDIR,
     FAN_MARK_REMOVE,
     FAN_MODIFY,
@@ -28,6 +27,8 @@ from mount_helpers.syscalls import (
     FAN_Q_OVERFLOW,
     FAN_REPORT_DFID_NAME,
     FAN_REPORT_FID,
+    FAN_UNLIMITED_MARKS,
+    FAN_UNLIMITED_QUEUE,
 )
 
 #: Every change of a directory's names, and of the files and directories in it.
@@ -62,10 +63,13 @@ class Group:
     """A queue of events and the marks that fill it."""
 
     def __init__(self) -> None:
-        self.fd = syscalls.fanotify_init(
-            FAN_CLASS_NOTIF | FAN_REPORT_FID | FAN_REPORT_DFID_NAME | FAN_CLOEXEC | FAN_NONBLOCK
-        )
-        self._evictable = FAN_MARK_EVICTABLE  # Linux >= 5.19
+        flags = FAN_CLASS_NOTIF | FAN_REPORT_FID | FAN_REPORT_DFID_NAME
+        flags |= FAN_CLOEXEC | FAN_NONBLOCK
+        unlimited = FAN_UNLIMITED_QUEUE | FAN_UNLIMITED_MARKS
+        try:
+            self.fd = syscalls.fanotify_init(flags | unlimited)
+        except PermissionError:
+            self.fd = syscalls.fanotify_init(flags)
 
     def mark(self, directory: int) -> None:
         """Watch a directory, by its descriptor. Raises OSError: ENOSPC where marks run out,
@@ -74,13 +78,7 @@ class Group:
         # Through /proc: the descriptor may be O_PATH, which fanotify_mark(2) takes as a dirfd only.
         path = b"/proc/self/fd/%d" % directory
         flags = FAN_MARK_ADD | FAN_MARK_ONLYDIR
-        try:
-            syscalls.fanotify_mark(self.fd, flags | self._evictable, mask, syscalls.AT_FDCWD, path)
-        except OSError as error:
-            if error.errno != errno.EINVAL or not self._evictable:
-                raise
-            self._evictable = 0
-            syscalls.fanotify_mark(self.fd, flags, mask, syscalls.AT_FDCWD, path)
+        syscalls.fanotify_mark(self.fd, flags, mask, syscalls.AT_FDCWD, path)
 
     def unmark(self, directory: int) -> None:
         """Watch a directory no more."""

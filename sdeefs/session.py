@@ -94,6 +94,8 @@ class Session:
             self._take_away()
             raise
         try:
+            if self.watch is not None:
+                self.watch.kernel = self.transport
             self.transport.negotiate()
             self._check_path()
             self._thread = threading.Thread(target=self._serve, name="transport", daemon=True)
@@ -251,8 +253,6 @@ class Session:
         """Wait until the mount is gone, whoever takes it away; returns the exit status."""
         import trio
 
-        if self.watch is not None:
-            self.watch.kernel = self.transport
         trio.run(self._beside)
         return 0 if self._failure is None else 1
 
@@ -271,6 +271,8 @@ class Session:
             await nursery.start(self._signals)
             if self.control is not None:
                 nursery.start_soon(self._answer)
+            if self.watch is not None:
+                nursery.start_soon(self._watch_lower, self.watch)
             self._tell = over
             if self._ended.is_set():
                 over()
@@ -326,6 +328,18 @@ class Session:
             if self.control is not None:
                 self.control.close()
             os._exit(1)
+
+    async def _watch_lower(self, watch: Watch) -> None:
+        import trio
+
+        while True:
+            with trio.move_on_after(watch.repeat() or float("inf")):
+                await trio.lowlevel.wait_readable(watch.fd)
+            try:
+                watch.read()
+            except OSError as error:
+                logger.warning("reading events of lower: %s", error.strerror)
+                await trio.sleep(1)
 
     async def _answer(self) -> None:
         """The control socket: each connection gets one JSON object."""
