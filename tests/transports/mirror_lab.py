@@ -45,6 +45,7 @@ class Mirror:
         self.next_node = 2
         self.handles: dict[int, int] = {}
         self.next_handle = 1
+        self.node_of_handle: dict[int, int] = {}
         self.gate = ""  # a path: what is slow waits until it is there
         self.calls: list[tuple[object, ...]] = []
 
@@ -252,6 +253,7 @@ class Mirror:
         with self.lock:
             handle, self.next_handle = self.next_handle, self.next_handle + 1
             self.handles[handle] = os.open(self._path(node), os.O_RDONLY | os.O_DIRECTORY)
+            self.node_of_handle[handle] = node
         return handle
 
     def _names(self, handle: int) -> list[bytes]:
@@ -267,8 +269,7 @@ class Mirror:
             yield DirectoryEntry(name, st.st_ino, stat.S_IFMT(st.st_mode), i)
 
     def readdirplus(self, handle: int, offset: int) -> Iterator[tuple[DirectoryEntry, Entry]]:
-        st = os.stat(self.handles[handle])
-        parent = next(n for n, fd in list(self.nodes.items()) if os.path.samestat(os.stat(fd), st))
+        parent = self.node_of_handle[handle]
         for entry in self.readdir(handle, offset):
             if entry.name in (b".", b".."):
                 yield entry, Entry(0, None, 0, 0)
@@ -276,6 +277,7 @@ class Mirror:
                 yield entry, self._entry(parent, entry.name)
 
     def releasedir(self, handle: int) -> None:
+        del self.node_of_handle[handle]
         os.close(self.handles.pop(handle))
 
     def setxattr(
