@@ -83,7 +83,7 @@ class Session:
         self._locks = refusals.lock_layers(self.options)
         userxattr = not privileges.on_host()
         settings = self.options.settings(userxattr=userxattr)
-        self.filesystem = Filesystem.open_layers(settings)
+        self.filesystem = Filesystem(settings)
         self._opened = True
         self._start_watch()
         device = self._mount()
@@ -238,11 +238,10 @@ class Session:
 
     def status(self) -> dict[str, Any]:
         """What the server is doing; answers on the control socket."""
-        counters = getattr(self.filesystem, "counters", None)
         return {
             **self.record(),
             "requests": self.transport.counters(),
-            "core": counters() if counters is not None else {},
+            "core": self.filesystem.counts(),
             "watched": len(self.watch) if self.watch is not None else None,
             "open_descriptors": len(os.listdir("/proc/self/fd")),
         }
