@@ -190,13 +190,27 @@ class Daemon:
         """Take a new instance into the registry, and end what belongs to it when it ends."""
         pidfd = record.init.open()
         if pidfd is None:
-            raise Refused(f"the instance of {record.environment} ended at once")
+            await self._clear(record)
+            raise Refused(f"the instance of {record.environment} ended at once", "busy")
         self.registry.add(record)
         self._watch(record, pidfd)
 
     def _watch(self, record: Record, pidfd: int) -> None:
         self._ended[record.init.pid] = trio.Event()
         self.nursery.start_soon(self._until_ended, record, pidfd)
+        for server in record.servers:
+            self.nursery.start_soon(self._until_server_ended, record, server)
+
+    async def _until_server_ended(self, record: Record, server: instances.Process) -> None:
+        """An instance whose root nobody serves any more can only end."""
+        pidfd = server.open()
+        if pidfd is not None:
+            try:
+                await trio.lowlevel.wait_readable(pidfd)
+            finally:
+                os.close(pidfd)
+        if instances.kill(record.init):
+            log.error("the server %d of %s ended: so does the instance", server.pid, record.key[1])
 
     async def _until_ended(self, record: Record, pidfd: int) -> None:
         try:

@@ -14,11 +14,12 @@ from importlib import metadata
 
 import trio
 
-from sdee_launch import instances, masks
+from sdee_launch import instances, masks, membership
 from sdee_launch.accounts import Account, account_of
 from sdee_launch.daemon import Daemon
 from sdee_launch.daemon_ops import Reply, Request, operation
-from sdee_launch.instances import Process, Record, valid_environment
+from sdee_launch.environments import valid_name
+from sdee_launch.instances import Process, Record
 from sdee_launch.protocol import Refused
 
 VERSION = metadata.version("sdee")
@@ -47,22 +48,59 @@ async def join_instance(
 ) -> tuple[Record, list[int]]:
     """The live instance of an environment, made if there is none, and its descriptors.
 
-    With `job` it is that job's own. Raises Refused.
+    `descriptor_names` says what they are; the last one is a membership, which keeps the instance
+    alive while it is open. They are the caller's to close. With `job` it is that job's own
+    instance. Raises Refused.
     """
     key = f"job={job}" if job else environment
     async with daemon.exclusive(owner.uid, key):
-        record = daemon.registry.get(owner.uid, key)
-        if record is not None:
-            fds = instances.namespaces(record.init)
+        while True:
+            record = daemon.registry.get(owner.uid, key)
+            made = record is None
+            if record is None:
+                record = await _make(daemon, owner, environment, engine, binds, job, options or {})
+            fds = _descriptors(record)
             if fds is not None:
-                _check_fits(record, engine, binds)
+                if not made:
+                    try:
+                        _check_fits(record, engine, binds)
+                    except Refused:
+                        for fd in fds:
+                            os.close(fd)
+                        raise
                 return record, fds
+            # It is just ending: the next one must wait, or two would share an upper.
+            if made:
+                raise Refused(f"the instance of {environment} ended at once", "busy")
             await daemon.wait_ended(record)
-        record = await _make(daemon, owner, environment, engine, binds, job, options or {})
-        fds = instances.namespaces(record.init)
-        if fds is None:
-            raise Refused(f"the instance of {environment} ended at once", "busy")
-        return record, fds
+
+
+def descriptor_names(record: Record) -> list[str]:
+    """What the descriptors of `join_instance` are, in their order."""
+    return ["user", "mnt", "pid", *_more(record), "root", "member"]
+
+
+def _more(record: Record) -> list[str]:
+    more = record.extra.get("namespaces")
+    return [str(name) for name in more] if isinstance(more, list) else []
+
+
+def _descriptors(record: Record) -> list[int] | None:
+    """In the order of `descriptor_names`; None if the instance is gone or going."""
+    pidfd = record.init.open()
+    if pidfd is None:
+        return None
+    try:
+        member = membership.hold(record.init.pid)
+    except (membership.Ended, PermissionError):
+        return None
+    finally:
+        os.close(pidfd)
+    fds = instances.namespaces(record.init, _more(record))
+    if fds is None:
+        os.close(member)
+        return None
+    return [*fds, member]
 
 
 def _check_fits(record: Record, engine: str, binds: tuple[str, ...]) -> None:
@@ -97,8 +135,9 @@ async def _make(
     await daemon.masks_ready.wait()
     trees: dict[str, object] = {}
     for kind in (masks.KERNEL, masks.FUSE):
-        trees[kind] = await trio.to_thread.run_sync(
-            daemon.masks.tree, owner.uid, {owner.gid, *owner.groups}, kind
+        gids = frozenset((owner.gid, *owner.groups))
+        trees[kind] = daemon.masks.known_tree(owner.uid, gids, kind) or (
+            await trio.to_thread.run_sync(daemon.masks.tree, owner.uid, gids, kind)
         )
     reply, fds = await daemon.ask_keeper(
         owner.uid,
@@ -159,9 +198,9 @@ def _subject(request: Request) -> int | None:
 
 def _environment(request: Request) -> str:
     name = request.get("env", str, "default")
-    if not valid_environment(name):
+    if not valid_name(name):
         raise Refused(
-            f"{name[:80]!r} is no name of an environment: letters, digits and ._@+- (at most 64, "
+            f"{name[:80]!r} is no name of an environment: letters, digits and ._+- (at most 64, "
             "the first a letter or digit)",
             "bad-request",
         )
@@ -187,7 +226,7 @@ async def join(daemon: Daemon, request: Request) -> Reply:
             "env": record.environment,
             "engine": record.engine,
             "init": record.init.pid,
-            "fds": ["user", "mnt", "pid", "root"],
+            "fds": descriptor_names(record),
         },
         fds,
     )

@@ -11,17 +11,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import select
 import signal
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}")
-
-
-def valid_environment(name: object) -> bool:
-    """Whether this may be the name of an environment, and so of a file."""
-    return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
@@ -155,32 +148,31 @@ def _from_json(data: dict[str, object]) -> Record:
     return Record(**fields)  # type: ignore[arg-type]
 
 
-def namespaces(init: Process) -> list[int] | None:
-    """Descriptors of the user, mount and PID namespace and the root of an instance, in this order.
+def namespaces(init: Process, more: Sequence[str] = ()) -> list[int] | None:
+    """Descriptors of the user, mnt and pid namespaces, of `more` and of the root, in this order.
 
-    None if it is gone. They are the caller's to close.
+    None if the instance is gone. They are the caller's to close.
     """
     pidfd = init.open()
     if pidfd is None:
         return None
     fds: list[int] = []
     try:
-        for name in ("user", "mnt", "pid"):
+        for name in ("user", "mnt", "pid", *more):
             fds.append(os.open(f"/proc/{init.pid}/ns/{name}", os.O_RDONLY | os.O_CLOEXEC))
-        fds.append(os.open(f"/proc/{init.pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
-    except OSError:
-        for fd in fds:
-            os.close(fd)
-        return None
-    else:
+        flags = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
+        fds.append(os.open(f"/proc/{init.pid}/root", flags))
         # Only now: had the number been given away in between, these would be another's.
-        if not exited(pidfd):
-            return fds
-        for fd in fds:
-            os.close(fd)
-        return None
+        gone = exited(pidfd)
+    except OSError:
+        gone = True
     finally:
         os.close(pidfd)
+    if not gone:
+        return fds
+    for fd in fds:
+        os.close(fd)
+    return None
 
 
 def members(init: Process) -> list[int]:

@@ -19,6 +19,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Any
 
 from sdee_launch import protocol
 
@@ -173,7 +174,7 @@ def call(message: dict[str, object], fds: list[int]) -> Answer:
     return {"result": result}, []
 
 
-def make(message: dict[str, object], fds: list[int]) -> Answer:
+def make(message: dict[str, Any], fds: list[int]) -> Answer:
     """Make an instance (keeper_make.py)."""
     from sdee_launch.keeper_make import make as make_one
 

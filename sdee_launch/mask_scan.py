@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from mount_helpers.mountinfo import read_mounts
+from sdee_launch.config import site_settings
 
 #: Mounts of these types are system parts and overlaid; any other is never walked.
 SYSTEM_TYPES = frozenset(
@@ -198,7 +199,8 @@ def from_line(line: str) -> Hidden:
 def main() -> int:
     """Print the scan of / and, last, a line that says it is whole."""
     os.nice(10)
-    for item in scan(foreign_mounts=foreign_mounts()):
+    homes = [os.fsencode(path).strip(b"/") for path in site_settings().homes]
+    for item in scan(foreign_mounts=foreign_mounts(), homes=homes):
         print(to_line(item))
     print("whole")
     return 0

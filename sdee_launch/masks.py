@@ -206,6 +206,8 @@ class Masks:
         self.rule = rule
         self._scan: tuple[Hidden, ...] | None = None
         self.scanned_at = 0.0
+        #: For a user, the groups and a kind: the tree, and the scan that it was made of.
+        self._trees: dict[tuple[int, frozenset[int], str], tuple[tuple[Hidden, ...], str]] = {}
         os.makedirs(directory, mode=0o700, exist_ok=True)
         if mount_at(directory) is None:
             flags = sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC
@@ -238,6 +240,7 @@ class Masks:
     def accept(self, output: str, started_at: float) -> None:
         """Put the output of `python -m sdee_launch.mask_scan` in force. Raises ValueError."""
         self._scan = _parse(output.splitlines())
+        self._trees.clear()
         self.scanned_at = started_at
         head = {"format": _FORMAT, "boot": _boot_id(), "at": started_at}
         path = os.path.join(self.directory, "scan")
@@ -250,13 +253,20 @@ class Masks:
 
         Raises RuntimeError if there is no scan yet, OSError.
         """
-        if self._scan is None:
+        scan = self._scan
+        if scan is None:
             raise RuntimeError("the host's files were not scanned for secrets yet")
-        hidden = mask_scan.hidden_from(self._scan, uid, frozenset(gids))
-        nodes = plan(hidden, kind, self.rule)
+        key = (uid, frozenset(gids), kind)
+        nodes = plan(mask_scan.hidden_from(scan, uid, key[1]), kind, self.rule)
         path = os.path.join(self.directory, "trees", digest(nodes, kind))
         build(nodes, path)
+        self._trees[key] = (scan, path)
         return path
+
+    def known_tree(self, uid: int, gids: Iterable[int], kind: str) -> str | None:
+        """What `tree` gave since the last scan, without any work."""
+        scan, path = self._trees.get((uid, frozenset(gids), kind), (None, None))
+        return path if scan is self._scan else None
 
     def close(self) -> None:
         """Take the tmpfs away; live overlays that have a tree of it as lower keep it alive."""
