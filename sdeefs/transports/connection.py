@@ -11,7 +11,7 @@ import logging
 import os
 import threading
 
-from mount_helpers import syscalls
+from mount_helpers import fuse
 from sdeefs.core.api import Operations
 from sdeefs.transports import wire
 from sdeefs.transports.backing import BackingIds
@@ -50,8 +50,7 @@ def caller_is_killed(pid: int) -> bool:
 def abort_connection(device: int) -> bool:
     """Have the kernel give a connection up: every caller and every reader gets an error.
 
-    By the fusectl filesystem, where it is mounted or, with privileges, by a mount of our own.
-    False where neither can be had: then the connection lasts until its last descriptor is closed.
+    False where that isn't permitted: then it lasts until its last descriptor is closed.
     """
     try:
         with open(f"/proc/self/fdinfo/{device}", encoding="ascii") as file:  # Linux >= 6.6
@@ -60,27 +59,8 @@ def abort_connection(device: int) -> bool:
         return False
     if not numbers:
         return False
-    name = f"{numbers[0]}/abort"
     try:
-        with open(f"/sys/fs/fuse/connections/{name}", "wb", buffering=0) as abort:
-            abort.write(b"1")
-            return True
-    except OSError:
-        pass
-    try:
-        fs = syscalls.fsopen("fusectl")
-        try:
-            syscalls.fsconfig_create(fs)
-            root = syscalls.fsmount(fs)
-        finally:
-            os.close(fs)
-        try:
-            fd = os.open(name, os.O_WRONLY | os.O_CLOEXEC, dir_fd=root)
-        finally:
-            os.close(root)
-        with open(fd, "wb", buffering=0) as abort:
-            abort.write(b"1")
-            return True
+        return fuse.abort_connection(int(numbers[0]))
     except OSError as error:
         log.debug("can't abort the connection: %s", error)
         return False
