@@ -291,7 +291,12 @@ _MAKERS = {
 
 @contextlib.contextmanager
 def filesystem(kind: str, directory: Path, size: str | None = None) -> Iterator[Path]:
-    """A fresh filesystem mounted below directory: tmpfs, ramfs (no xattrs), ext4, xfs, btrfs."""
+    """A fresh filesystem mounted below directory: tmpfs, ramfs (no xattrs), ext4, xfs, btrfs,
+    restricted (no xattrs, device nodes or rename flags)."""
+    if kind == "restricted":
+        with restricted_filesystem(directory) as point:
+            yield point
+        return
     point = directory / f"{kind}-fs"
     point.mkdir(parents=True, exist_ok=True)
     if kind in ("tmpfs", "ramfs"):
@@ -309,6 +314,29 @@ def filesystem(kind: str, directory: Path, size: str | None = None) -> Iterator[
         unmount_filesystem(point)
         with contextlib.suppress(FileNotFoundError):
             (directory / f"{kind}.img").unlink()
+
+
+@contextlib.contextmanager
+def restricted_filesystem(directory: Path) -> Iterator[Path]:
+    """A filesystem without xattrs, device nodes and rename flags: restricted_fs.py."""
+    source, point = directory / "restricted-source", directory / "restricted-fs"
+    source.mkdir()
+    point.mkdir()
+    program = Path(__file__).with_name("restricted_fs.py")
+    server = subprocess.Popen([sys.executable, str(program), str(source), str(point)])
+    try:
+        wait_for(
+            lambda: mount_at(os.fsencode(point)) is not None or server.poll() is not None,
+            "the restricted filesystem",
+        )
+        yield point
+    finally:
+        unmount_filesystem(point)
+        try:
+            server.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait(timeout=DEADLINE)
 
 
 def unmount_filesystem(point: Path) -> None:

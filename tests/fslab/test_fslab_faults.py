@@ -200,9 +200,11 @@ def test_quota(engine: lab.Engine) -> None:
 
 
 @each_engine(*lab.chosen(lab.RING, lab.DEVICE_PLAIN))
-def test_upper_without_xattrs(engine: lab.Engine) -> None:
-    """An upper without xattrs: ramfs. Deletions are `.wh.` files there; ownership is its own."""
-    with lab.workspace("ramfs") as base, lab.filesystem("ramfs", base) as fs:
+@pytest.mark.parametrize("kind", ["ramfs", "restricted"])
+def test_upper_without_xattrs(engine: lab.Engine, kind: str) -> None:
+    """An upper without xattrs, and one without device nodes and rename flags too, as NFS or Lustre
+    may be. Deletions are `.wh.` files there."""
+    with lab.workspace("without") as base, lab.filesystem(kind, base) as fs:
         make_lower(base / "lower", 3, xattrs=False)
         without = ("redirect_dir=off", "index=off")
         run = Run(
