@@ -1,0 +1,155 @@
+"""The two engines that make a merged mount of layers, both as detached mounts.
+
+`kernel` is overlayfs, with its layers given as descriptors; `fuse` is sdeefs in a process of its
+own. Who calls decides which layers each one gets; `pick` tries and takes the first that works.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from mount_helpers import syscalls
+from mount_helpers.namespaces import IdRange
+
+KERNEL, FUSE = "kernel", "fuse"
+
+
+class EngineProblem(Exception):
+    """Why an engine can't serve here, in one line."""
+
+
+@dataclass
+class Merged:
+    """Detached merged mounts by mount point, and the processes that serve them. Owns them."""
+
+    engine: str
+    mounts: list[tuple[bytes, int]] = field(default_factory=list)
+    servers: list[tuple[int, int]] = field(default_factory=list)  # pid, pidfd
+    fds: list[int] = field(default_factory=list)  # more to close
+
+    def close(self) -> None:
+        """Close all descriptors; a server whose mount is nowhere attached ends by itself."""
+        for fd in [*(m for _, m in self.mounts), *(p for _, p in self.servers), *self.fds]:
+            os.close(fd)
+        self.mounts, self.servers, self.fds = [], [], []
+
+
+@dataclass(frozen=True)
+class Layers:
+    """The layers of one mount point as descriptors, the topmost lower first."""
+
+    point: bytes
+    lowers: tuple[int, ...]
+    upper: int
+    work: int
+
+
+def _set_directory(fs: int, key: str, fd: int) -> None:
+    try:
+        syscalls.fsconfig_fd(fs, key, fd)
+    except OSError as error:
+        # Linux < 6.13 takes only paths.
+        if error.errno not in (errno.EINVAL, errno.EBADF):
+            raise
+        syscalls.fsconfig_string(fs, key, f"/proc/self/fd/{fd}")
+
+
+def kernel_overlay(layers: Layers, volatile: bool = False) -> int:
+    """A detached overlayfs mount. Raises EngineProblem."""
+    shown = os.fsdecode(layers.point)
+    fs = -1
+    try:
+        fs = syscalls.fsopen("overlay")
+        syscalls.fsconfig_string(fs, "source", "sdee")
+        for lower in layers.lowers:
+            _set_directory(fs, "lowerdir+", lower)
+        _set_directory(fs, "upperdir", layers.upper)
+        _set_directory(fs, "workdir", layers.work)
+        syscalls.fsconfig_flag(fs, "userxattr")
+        if volatile:
+            _forget_volatile(layers.work)
+            syscalls.fsconfig_flag(fs, "volatile")
+        syscalls.fsconfig_create(fs)
+        mount = syscalls.fsmount(fs)
+    except OSError as error:
+        raise EngineProblem(f"overlayfs over {shown}: {error.strerror}") from None
+    finally:
+        if fs >= 0:
+            os.close(fs)
+    try:
+        _check_upper(mount, layers, shown)
+    except BaseException:
+        os.close(mount)
+        raise
+    return mount
+
+
+def _check_upper(mount: int, layers: Layers, shown: str) -> None:
+    """Overlayfs also mounts, with less, over an upper that can't keep what it must."""
+    root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)
+    try:
+        if os.fstatvfs(root).f_flag & os.ST_RDONLY:
+            raise EngineProblem(f"overlayfs over {shown} is read-only: the upper's filesystem")
+    finally:
+        os.close(root)
+    try:
+        os.setxattr(layers.work, "user.sdee.trial", b"y")
+        os.removexattr(layers.work, "user.sdee.trial")
+    except OSError as error:
+        raise EngineProblem(
+            f"the upper's filesystem keeps no user xattrs: {error.strerror}"
+        ) from None
+
+
+def _forget_volatile(work: int) -> None:
+    """A volatile upper refuses to mount again; we know better: the environment is the user's own."""
+    try:
+        os.rmdir("work/incompat/volatile", dir_fd=work)
+    except OSError:
+        pass
+
+
+def id_map_option(name: str, ranges: Sequence[IdRange]) -> str:
+    """A map of sdeefs: as merged shows ids, as the layer has them."""
+    return f"{name}=" + ":".join(f"{r.outside}:{r.inside}:{r.count}" for r in ranges)
+
+
+def fuse_mount(layers: Layers, words: Sequence[str]) -> tuple[int, int, int]:
+    """A detached sdeefs mount in a server of its own: (mount, pid, pidfd). Raises EngineProblem."""
+    from sdeefs import public
+
+    fds = [*layers.lowers, layers.upper, layers.work]
+    options = [
+        "lowerdir=" + ":".join(f"/proc/self/fd/{fd}" for fd in layers.lowers),
+        f"upperdir=/proc/self/fd/{layers.upper}",
+        f"workdir=/proc/self/fd/{layers.work}",
+        "userxattr",
+        "redirect_dir=off",
+        "fsname=sdee",
+        *words,
+    ]
+    try:
+        server = public.start_server(public.parse([",".join(options)]), pass_fds=fds)
+    except (public.Refused, public.UsageError, OSError) as error:
+        raise EngineProblem(f"sdeefs over {os.fsdecode(layers.point)}: {error}") from None
+    return server.mount_fd, server.pid, server.pidfd
+
+
+def pick(engine: str, makers: dict[str, Callable[[], Merged]]) -> Merged:
+    """Make the mounts with this engine; `auto` takes the first of `makers` that works.
+
+    Raises EngineProblem with every reason.
+    """
+    if engine != "auto" and engine not in makers:
+        raise EngineProblem(f"there is no engine {engine}")
+    wanted = list(makers) if engine == "auto" else [engine]
+    reasons = []
+    for name in wanted:
+        try:
+            return makers[name]()
+        except EngineProblem as error:
+            reasons.append(f"{name}: {error}")
+    raise EngineProblem("; ".join(reasons))

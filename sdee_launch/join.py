@@ -1,0 +1,99 @@
+"""Entering an instance: its namespaces, then less privilege than they give.
+
+Joining a user namespace gives its owner every capability in it, so `apply_guard` takes them again:
+seccomp first (it needs CAP_SYS_ADMIN, or no_new_privs), then the bounding set, then the rest.
+
+On the path of `sdee run`: no import but ctypes, which setns(2) needs before Python 3.12.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x00020000, 0x10000000, 0x20000000
+KINDS = {
+    "user": CLONE_NEWUSER, "mnt": CLONE_NEWNS, "pid": CLONE_NEWPID, "uts": 0x04000000,
+    "ipc": 0x08000000,
+}  # fmt: skip
+_PR_SET_PDEATHSIG, _PR_CAPBSET_READ, _PR_CAPBSET_DROP = 1, 23, 24
+_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, _PR_SET_NO_NEW_PRIVS = 22, 2, 38
+_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
+_CAPABILITY_VERSION_3 = 0x20080522
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _checked(result: int, what: str) -> int:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+def prctl(option: int, *words: int) -> int:
+    """prctl(2). Raises OSError."""
+    padded = [*words, 0, 0, 0, 0][:4]
+    return _checked(
+        int(_libc.prctl(ctypes.c_int(option), *[ctypes.c_ulong(w) for w in padded])), "prctl"
+    )
+
+
+def setns(fd: int, kind: int) -> None:
+    """setns(2). Raises OSError."""
+    _checked(int(_libc.setns(fd, kind)), "setns")
+
+
+def enter(namespaces: Sequence[tuple[str, int]], root: int | None) -> None:
+    """Join these namespaces (name, descriptor), user first; children will be in the PID namespace.
+
+    Raises OSError.
+    """
+    for name, fd in namespaces:
+        setns(fd, KINDS[name])
+    if root is not None:
+        # setns(2) into a mount namespace goes to its root; this is for one that was pivoted since.
+        os.fchdir(root)
+        os.chroot(".")
+    # The caller's ids are 0 inside, but a group that it took by newgrp(1) has no name there.
+    if os.getresgid() != (0, 0, 0):
+        os.setresgid(0, 0, 0)
+    if os.getresuid() != (0, 0, 0):
+        os.setresuid(0, 0, 0)
+
+
+def apply_guard(capabilities: int, seccomp: bytes, no_new_privs: bool) -> None:
+    """Give up what the guard doesn't keep, for good. Raises OSError."""
+    if no_new_privs:
+        prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    if seccomp:
+        program = ctypes.create_string_buffer(seccomp, len(seccomp))
+        # struct sock_fprog: unsigned short, padding, pointer
+        word = (len(seccomp) // 8).to_bytes(8, "little")
+        header = word + ctypes.addressof(program).to_bytes(8, "little")
+        fprog = ctypes.create_string_buffer(header, 16)
+        prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(fprog))
+    number = 0
+    while True:
+        try:
+            held = prctl(_PR_CAPBSET_READ, number)
+        except OSError:  # EINVAL: past the last one
+            break
+        if held and not capabilities >> number & 1:
+            prctl(_PR_CAPBSET_DROP, number)
+        number += 1
+    try:
+        prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
+    except OSError:
+        pass  # Linux < 4.3 has none
+    low, high = capabilities & 0xFFFFFFFF, capabilities >> 32
+    words = (low, low, 0, high, high, 0)  # effective, permitted, inheritable; twice
+    data = ctypes.create_string_buffer(b"".join([w.to_bytes(4, "little") for w in words]), 24)
+    head = ctypes.create_string_buffer(_CAPABILITY_VERSION_3.to_bytes(4, "little") + bytes(4), 8)
+    _checked(int(_libc.capset(head, data)), "capset")
+
+
+def die_with_parent(number: int) -> None:
+    """Have this process signalled when the one that forked it dies."""
+    prctl(_PR_SET_PDEATHSIG, number)

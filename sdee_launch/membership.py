@@ -1,0 +1,59 @@
+"""How an instance knows that somebody is in it: a pipe whose read end its init holds.
+
+A member opens the pipe for writing by its init's /proc entry and takes a shared lock (flock) on it,
+for as long as it lives. Init ends when the last writer is gone, but only with the exclusive lock in
+its hand: so a member either joins an instance that stays, or is told to make a new one.
+
+On the path of `sdee run`: imports next to nothing.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+
+#: Where init has its end.
+FD = 3
+
+
+class Ended(Exception):
+    """The instance is gone or just ending: make a new one."""
+
+
+def make() -> int:
+    """The read end of a new pipe that has had no writer yet; the caller's."""
+    read, write = os.pipe2(os.O_CLOEXEC)
+    os.close(write)
+    # Opened anew, poll(2) tells an end only after a first writer has come and gone.
+    fresh = os.open(f"/proc/self/fd/{read}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    os.close(read)
+    return fresh
+
+
+def hold(pid: int) -> int:
+    """Become a member of the instance of this init; closing the descriptor ends that.
+
+    Raises Ended, PermissionError.
+    """
+    try:
+        fd = os.open(f"/proc/{pid}/fd/{FD}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except PermissionError:
+        raise
+    except OSError:
+        raise Ended from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        os.write(fd, b"x")
+    except OSError:
+        os.close(fd)
+        raise Ended from None
+    return fd
+
+
+def leave(fd: int) -> bool:
+    """For init: whether it may end now. With True nobody can join any more."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

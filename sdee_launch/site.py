@@ -1,0 +1,402 @@
+"""The root side: the instance of a user, made by a process of the daemon that serves them alone.
+
+What belongs to the user (store, environment, upper) is opened with the user's own rights. Only
+root can shift the ids of lower and mount overlayfs for them, so the merged mounts are made here,
+detached, and handed to the child that is root of the new namespaces.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from mount_helpers import syscalls as sc
+from mount_helpers.mountinfo import read_mounts
+from mount_helpers.namespaces import user_namespace, write_id_maps
+from sdee_launch import engines, environments, layers, plan, protocol, workload
+from sdee_launch.accounts import Account, IdMaps, id_maps
+from sdee_launch.assemble import Material
+from sdee_launch.config import Settings
+from sdee_launch.engines import EngineProblem, Layers, Merged
+from sdee_launch.environments import Busy, Environment, EnvironmentProblem
+from sdee_launch.instance import Instance, InstanceProblem, Recipe, create
+
+__all__ = [
+    "EngineProblem",
+    "EnvironmentProblem",
+    "Instance",
+    "InstanceProblem",
+    "JobLayers",
+    "as_user",
+    "make_instance",
+    "open_environment",
+]
+
+#: Seconds to wait for an instance of the same environment that is just ending.
+_ENDING = 20.0
+_caches: dict[object, int] = {}
+
+
+@dataclass(frozen=True)
+class JobLayers:
+    """Layers that take the place of an environment's own, as paths that the user may reach.
+
+    `lowers`: generations (uppers that are only read), the topmost first. `place` holds `upper`,
+    made if it isn't there, and the work directories beside it.
+    """
+
+    lowers: tuple[str, ...]
+    place: str
+
+
+@contextlib.contextmanager
+def as_user(account: Account) -> Iterator[None]:
+    """Act with the effective ids of the user; for a process with one thread. No-op for oneself."""
+    if os.geteuid() == account.uid:
+        yield
+        return
+    if sorted(os.getgroups()) != sorted(set(account.groups)):
+        os.setgroups(account.groups)
+    os.setegid(account.gid)
+    os.seteuid(account.uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        os.setegid(0)
+
+
+def open_environment(account: Account, name: str, settings: Settings) -> Environment:
+    """The environment of a user, made if there is none. Raises EnvironmentProblem, OSError."""
+    _prepare_store(account, settings)
+    with as_user(account), environments.open_store(account, settings) as store:
+        return store.open(name, create=True)
+
+
+def _prepare_store(account: Account, settings: Settings) -> None:
+    """A store in a directory that is root's, such as /var/lib/sdee, is made for the user."""
+    path = environments.store_path(account, settings)
+    parent = os.path.dirname(path)
+    try:
+        status = os.stat(parent)
+    except OSError:
+        return
+    if status.st_uid != 0 or status.st_mode & 0o022:
+        return
+    try:
+        os.mkdir(path, 0o700)
+        os.chown(path, account.uid, account.gid)
+    except FileExistsError:
+        pass
+
+
+def make_instance(
+    user: Account,
+    environment: Environment | None,
+    engine: str = "auto",
+    binds: Sequence[str] = (),
+    masks: Mapping[str, str] | None = None,
+    settings: Settings | None = None,
+    *,
+    name: str = "",
+    job: JobLayers | None = None,
+    lasting: bool = False,
+) -> Instance:
+    """Make a user's instance; its init is a child of the caller. For processes with one thread.
+
+    `masks`: the mask tree (masks.py) for each engine. `job`: layers in place of the environment's
+    own, `environment` is None then. `lasting`: it lives until it is killed, with members or not.
+    Raises EngineProblem, EnvironmentProblem, InstanceProblem, plan.PlanProblem, OSError.
+    """
+    settings = settings or Settings()
+    own = environment.settings if environment is not None else None
+    if engine == "auto":
+        engine = own.engine if own is not None and own.engine != "auto" else settings.engine
+    maps = id_maps(user)
+    made_plan = _plan(user, settings, [*settings.binds, *(own.binds if own else ()), *binds])
+    volatile = settings.volatile if own is None or own.volatile is None else own.volatile
+    with contextlib.ExitStack() as stack:
+        lock = None
+        if environment is not None:
+            name = environment.name
+            with as_user(user):
+                lock = _lock(environment)
+            stack.callback(os.close, lock)
+        with as_user(user):
+            tops = _open_tops(environment, job, stack)
+        merged = engines.pick(
+            engine,
+            {
+                engines.KERNEL: lambda: _kernel(
+                    made_plan.overlays, tops, (masks or {}).get("kernel"), maps, user, volatile
+                ),
+                engines.FUSE: lambda: _fuse(
+                    made_plan.overlays, tops, (masks or {}).get("fuse"), maps, user, volatile
+                ),
+            },
+        )
+        stack.callback(merged.close)
+        private = None
+        if environment is not None:
+            with as_user(user):
+                private = environment.directory("private", create=0o700)
+            stack.callback(os.close, private)
+        extra, files, links = _daemon_inside(name, stack)
+        guard = settings.guard()
+        recipe = Recipe(
+            name=name,
+            plan=made_plan,
+            material=Material(merged.mounts, private, extra, files, links),
+            guard=guard,
+            servers=merged.servers,
+            lock=lock,
+            lasting=lasting,
+            namespaces=settings.namespaces,
+        )
+        with as_user(user):
+            # The owner of the user namespace is whoever makes it: the user, who may then join it.
+            pid = create(recipe, True, lambda p: _write_maps(p, maps))
+        servers = [pid_ for pid_, _ in merged.servers]
+        manager = workload.workload()
+        join: dict[str, object] = {
+            **guard.as_json(),
+            "namespaces": list(settings.namespaces),
+            "environment": dict(manager.environment()) if manager is not None else {},
+        }
+        return Instance(pid, merged.engine, servers, join)
+
+
+def _write_maps(pid: int, maps: IdMaps) -> None:
+    """As root, though the caller acts as the user just now."""
+    euid, egid = os.geteuid(), os.getegid()
+    os.seteuid(0)
+    os.setegid(0)
+    try:
+        write_id_maps(pid, *maps)
+    finally:
+        os.setegid(egid)
+        os.seteuid(euid)
+
+
+def _plan(user: Account, settings: Settings, binds: Sequence[str]) -> plan.Plan:
+    mounts = read_mounts()
+    files = {m.point for m in mounts if plan.below(m.point, b"/etc") and _is_file(m.point)}
+    wanted = [plan.parse_bind(text) for text in binds]
+    manager = workload.workload()
+    if manager is not None:
+        wanted += [
+            plan.Bind(os.fsencode(b.source), os.fsencode(b.target), b.readonly)
+            for b in manager.binds()
+        ]
+    return plan.make_plan(mounts, files, user, settings, wanted)
+
+
+def _is_file(point: bytes) -> bool:
+    try:
+        return not os.path.isdir(point)
+    except OSError:
+        return False
+
+
+def _lock(environment: Environment) -> int:
+    deadline = time.monotonic() + _ENDING
+    while True:
+        fd = environments.try_lock(environment)
+        if fd is not None:
+            environment.remove_record()
+            return fd
+        if time.monotonic() > deadline:
+            raise Busy(
+                f"{environment.name} is alive elsewhere, or being changed: without this daemon, "
+                "or on another node"
+            )
+        time.sleep(0.005)
+
+
+@dataclass
+class Tops:
+    """The tops of the user's layers, as descriptors."""
+
+    lowers: list[int]
+    upper: int
+    place: int  # where work directories are
+
+
+def _open_tops(
+    environment: Environment | None, job: JobLayers | None, stack: contextlib.ExitStack
+) -> Tops:
+    def kept(fd: int) -> int:
+        stack.callback(os.close, fd)
+        return fd
+
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    if job is not None:
+        place = kept(os.open(job.place, flags))
+        try:
+            os.mkdir("upper", 0o755, dir_fd=place)
+            os.chmod("upper", 0o755, dir_fd=place)
+        except FileExistsError:
+            pass
+        upper = kept(os.open("upper", flags | os.O_NOFOLLOW, dir_fd=place))
+        return Tops([kept(os.open(p, flags)) for p in job.lowers], upper, place)
+    assert environment is not None
+    return Tops([], kept(environment.directory("upper")), environment.fd)
+
+
+def _parts(point: bytes, tops: Tops, merged: Merged, user: Account) -> tuple[list[int], int, int]:
+    """(generations, upper, work) for one mount point, kept in `merged`; upper -1: none."""
+    with as_user(user):
+        upper = layers.upper_part(tops.upper, point)
+        if upper is None:
+            return [], -1, -1
+        merged.fds.append(upper)
+        work = layers.work_part(tops.place, point)
+        merged.fds.append(work)
+        lowers = []
+        for top in tops.lowers:
+            fd = layers.part_of(top, point)
+            if fd is not None:
+                merged.fds.append(fd)
+                lowers.append(fd)
+    return lowers, upper, work
+
+
+def _bare(point: bytes) -> int:
+    """A detached clone of the filesystem mounted at `point`, without what is mounted below."""
+    flags = sc.OPEN_TREE_CLONE | sc.OPEN_TREE_CLOEXEC
+    try:
+        return sc.open_tree(sc.AT_FDCWD, point, flags)
+    except OSError as error:
+        raise EngineProblem(f"{os.fsdecode(point)}: {error.strerror}") from None
+
+
+def _shifted(point: bytes, maps: IdMaps) -> int:
+    """`_bare`, with the ids of the host's files shown as those of the instance."""
+    fd = _bare(point)
+    try:
+        key = ("userns", maps)
+        if key not in _caches:
+            _caches[key] = user_namespace(*maps)
+        sc.mount_setattr(
+            fd, b"", sc.AT_EMPTY_PATH, attr_set=sc.MOUNT_ATTR_IDMAP, userns_fd=_caches[key]
+        )
+    except OSError as error:
+        os.close(fd)
+        raise EngineProblem(
+            f"{os.fsdecode(point)}: its filesystem can't be id-mapped: {error.strerror}"
+        ) from None
+    return fd
+
+
+def _mask_layer(tree: str, maps: IdMaps | None) -> int:
+    """The open mask layer; kept for the next instance of the same user."""
+    from sdee_launch import masks
+
+    key = ("mask", tree, maps)
+    if key not in _caches:
+        for old in [k for k in _caches if isinstance(k, tuple) and k[0] == "mask"]:
+            if old[2] == maps:
+                os.close(_caches.pop(old))
+        _caches[key] = masks.open_layer(tree, *maps) if maps else masks.open_layer(tree)
+    return _caches[key]
+
+
+def _mask_part(tree: str | None, maps: IdMaps | None, point: bytes, merged: Merged) -> list[int]:
+    from sdee_launch import masks
+
+    if tree is None:
+        return []
+    part = masks.sub_layer(_mask_layer(tree, maps), point)
+    if part is None:
+        return []
+    merged.fds.append(part)
+    return [part]
+
+
+def _kernel(
+    points: Sequence[bytes],
+    tops: Tops,
+    mask: str | None,
+    maps: IdMaps,
+    user: Account,
+    volatile: bool,
+) -> Merged:
+    merged = Merged(engines.KERNEL)
+    try:
+        for point in points:
+            lowers, upper, work = _parts(point, tops, merged, user)
+            if upper < 0:
+                continue
+            lowers += _mask_part(mask, maps, point, merged)
+            lower = _shifted(point, maps)
+            merged.fds.append(lower)
+            mount = engines.kernel_overlay(
+                Layers(point, (*lowers, lower), upper, work), volatile
+            )
+            merged.mounts.append((point, mount))
+            # Overlayfs makes work/work as root's; the user must be able to remove it one day.
+            with contextlib.suppress(OSError):
+                os.chown("work", user.uid, user.gid, dir_fd=work, follow_symlinks=False)
+        return merged
+    except BaseException:
+        merged.close()
+        raise
+
+
+def _fuse(
+    points: Sequence[bytes],
+    tops: Tops,
+    mask: str | None,
+    maps: IdMaps,
+    user: Account,
+    volatile: bool,
+) -> Merged:
+    merged = Merged(engines.FUSE)
+    words = [
+        engines.id_map_option("lower_uidmap", maps[0]),
+        engines.id_map_option("lower_gidmap", maps[1]),
+        "secrets=" + ":".join(str(n) for n in (user.uid, user.gid, *user.groups)),
+    ]
+    if volatile:
+        words.append("volatile")
+    try:
+        for point in points:
+            lowers, upper, work = _parts(point, tops, merged, user)
+            if upper < 0:
+                continue
+            own = [f"unmapped_lowers={len(lowers)}"] if lowers else []
+            lowers += _mask_part(mask, None, point, merged)
+            lower = _bare(point)
+            merged.fds.append(lower)
+            mount, pid, pidfd = engines.fuse_mount(
+                Layers(point, (*lowers, lower), upper, work), [*words, *own]
+            )
+            merged.mounts.append((point, mount))
+            merged.servers.append((pid, pidfd))
+        return merged
+    except BaseException:
+        merged.close()
+        raise
+
+
+def _daemon_inside(
+    name: str, stack: contextlib.ExitStack
+) -> tuple[list[tuple[bytes, int]], dict[str, bytes], dict[str, str]]:
+    """The daemon's socket, seen inside: a directory, for a new daemon makes a new socket in it."""
+    files = {"sdee/inside": name.encode() + b"\n"}
+    path = os.environ.get("SDEED_SOCKET") or protocol.SOCKET_PATH
+    try:
+        fd = sc.open_tree(
+            sc.AT_FDCWD, os.path.dirname(path), sc.OPEN_TREE_CLONE | sc.OPEN_TREE_CLOEXEC
+        )
+    except OSError:
+        return [], files, {}
+    tight = sc.MOUNT_ATTR_NOSUID | sc.MOUNT_ATTR_NODEV | sc.MOUNT_ATTR_NOEXEC
+    sc.mount_setattr(fd, b"", sc.AT_EMPTY_PATH, attr_set=tight | sc.MOUNT_ATTR_RDONLY)
+    # `assemble` closes it in the child; this copy is the maker's.
+    stack.callback(os.close, fd)
+    links = {"sdee/sdeed.sock": f"host/{os.path.basename(path)}"}
+    return [(b"/run/sdee/host", fd)], files, links
