@@ -191,7 +191,7 @@ class Daemon:
         pidfd = record.init.open()
         if pidfd is None:
             await self._clear(record)
-            raise Refused(f"the instance of {record.environment} ended at once", "busy")
+            raise Refused(f"the instance of {record.environment} ended at once", "gone")
         self.registry.add(record)
         self._watch(record, pidfd)
 

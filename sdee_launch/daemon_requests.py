@@ -71,7 +71,7 @@ async def join_instance(
                 return record, fds
             # It is just ending: the next one must wait, or two would share an upper.
             if made:
-                raise Refused(f"the instance of {environment} ended at once", "busy")
+                raise Refused(f"the instance of {environment} ended at once", "gone")
             await daemon.wait_ended(record)
 
 
@@ -159,7 +159,7 @@ async def _make(
         raise Refused(f"the instance of {environment} was not made")
     start = instances.start_time(pid)
     if start is None:
-        raise Refused(f"the instance of {environment} ended at once", "busy")
+        raise Refused(f"the instance of {environment} ended at once", "gone")
     extra = reply.get("join")
     record = Record(
         uid=owner.uid,

@@ -116,7 +116,7 @@ def main() -> int:
         account_shell = ""
     from sdee_launch import login_session
 
-    site = login_session.site()
+    site = login_session.settings()
     shell = shell_of(account_shell, site.shell)
     if os.getuid() == 0 or _inside_already():
         return _host_shell(shell, want)
@@ -128,7 +128,7 @@ def main() -> int:
     arguments, name = command_line(shell, want)
     os.environ["SHELL"] = shell
     try:
-        return login_session.run(arguments, name)
+        return login_session.run(site, arguments, name)
     except login_session.NotEntered as error:
         print(f"sdee: your environment can't be entered: {error}", file=sys.stderr)
     if site.on_failure != "shell":

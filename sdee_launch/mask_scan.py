@@ -155,7 +155,12 @@ def _one_directory(
 def foreign_mounts() -> frozenset[bytes]:
     """The mount points of this namespace whose topmost mount is no part of the system."""
     top = {mount.point: mount.fstype for mount in read_mounts()}
-    return frozenset(p for p, fstype in top.items() if fstype not in SYSTEM_TYPES and p != b"/")
+    return frozenset(
+        point
+        for point, fstype in top.items()
+        if point != b"/"
+        and (fstype not in SYSTEM_TYPES or (fstype == "overlay" and point.count(b"/") > 1))
+    )
 
 
 def hidden_from(found: Iterable[Hidden], uid: int, gids: frozenset[int]) -> list[Hidden]:

@@ -37,7 +37,10 @@ class Unavailable(Exception):
 
 
 class Refused(Exception):
-    """The daemon said no. `kind`: bad-request, denied, busy, missing, failed, unknown-op."""
+    """The daemon said no. `kind`: bad-request, denied, busy, missing, gone, failed, unknown-op.
+
+    `gone`: the instance ended just now; asking again makes a new one.
+    """
 
     def __init__(self, message: str, kind: str = "failed") -> None:
         super().__init__(message)
