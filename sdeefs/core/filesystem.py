@@ -419,9 +419,7 @@ class Filesystem(Xattrs):
             if self.upper is not None:
                 self.upper.close()
             for layer in self.layers.values():
-                if layer.fd >= 0:
-                    os.close(layer.fd)
-                    layer.fd = -1
+                layer.close()
             credentials.restore()
 
 

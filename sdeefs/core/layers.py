@@ -27,7 +27,18 @@ _WALK = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOL
 class Layer:
     """One tree. `private`: the descriptor is a clone of the mount, in which nothing else is mounted."""
 
-    __slots__ = ("dev", "fd", "fsid", "index", "last", "private", "uuid", "walk", "xwhiteouts")
+    __slots__ = (
+        "dev",
+        "fd",
+        "fsid",
+        "index",
+        "last",
+        "private",
+        "readable",
+        "uuid",
+        "walk",
+        "xwhiteouts",
+    )
 
     def __init__(self, index: int, fd: int, private: bool) -> None:
         self.index = index
@@ -35,7 +46,8 @@ class Layer:
         self.private = private
         self.dev = os.fstat(fd).st_dev
         self.fsid = 0
-        self.uuid = file_system_uuid(fd)
+        self.readable = _open_readable(fd)  # open_by_handle_at takes no O_PATH descriptor
+        self.uuid = file_system_uuid(self.readable)
         self.xwhiteouts = False  # zero-size files with overlay.whiteout may be whiteouts here
         self.last = False
         self.walk = _WALK if private else _WALK | syscalls.RESOLVE_NO_XDEV
@@ -65,6 +77,13 @@ class Layer:
                 raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), path)
         return at
 
+    def close(self) -> None:
+        """Give back the descriptors."""
+        for fd in (self.fd, self.readable):
+            if fd >= 0:
+                os.close(fd)
+        self.fd = self.readable = -1
+
     def handle(self, dir_fd: int, name: bytes) -> bytes | None:
         """overlay.origin's value for an object of this layer; None where it can't be told."""
         if self.uuid is None:
@@ -77,28 +96,39 @@ class Layer:
         return encode_handle(handle, self.uuid, upper=False)
 
 
+def _open_readable(fd: int) -> int:
+    try:
+        return os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+    except OSError:
+        return -1
+
+
 def file_system_uuid(fd: int) -> bytes | None:
     """The uuid that overlayfs puts into origins; None where user space can't learn it."""
-    try:
-        readable = os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
-    except OSError:
+    if fd < 0:
         return None
+    buffer = bytearray(17)
+    unnamed = False
     try:
-        buffer = bytearray(17)
-        try:
-            fcntl.ioctl(readable, FS_IOC_GETFSUUID, buffer)
-            return bytes(buffer[1:17]) if buffer[0] == 16 else _NO_UUID
-        except OSError as error:
-            if error.errno == errno.ENOTTY or error.errno == errno.EOPNOTSUPP:
-                pass
-        request = bytearray(struct.pack("=II", 16, 0) + bytes(16))
-        try:
-            fcntl.ioctl(readable, EXT4_IOC_GETFSUUID, request)
-            return bytes(request[8:24])
-        except OSError:
-            return None
-    finally:
-        os.close(readable)
+        fcntl.ioctl(fd, FS_IOC_GETFSUUID, buffer)
+        return bytes(buffer[1:17]) if buffer[0] == 16 else _NO_UUID
+    except OSError as error:
+        # Linux >= 6.9 answers so for a file system without one (squashfs); older ones always.
+        unnamed = error.errno == errno.ENOTTY and _kernel() >= (6, 9)
+    request = bytearray(struct.pack("=II", 16, 0) + bytes(16))
+    try:
+        fcntl.ioctl(fd, EXT4_IOC_GETFSUUID, request)
+        return bytes(request[8:24])
+    except OSError:
+        return _NO_UUID if unnamed else None
+
+
+def _kernel() -> tuple[int, int]:
+    words = os.uname().release.split("-")[0].split(".")
+    try:
+        return int(words[0]), int(words[1])
+    except (ValueError, IndexError):
+        return 0, 0
 
 
 def open_lower(index: int, path: bytes) -> Layer:
@@ -256,10 +286,11 @@ class Upper:
                 empty_directory(self.work)
             except OSError:
                 pass
-        for fd in (self.index, self.work, self.work_root, self.layer.fd):
+        for fd in (self.index, self.work, self.work_root):
             if fd >= 0:
                 os.close(fd)
-        self.index = self.work = self.work_root = self.layer.fd = -1
+        self.index = self.work = self.work_root = -1
+        self.layer.close()
 
 
 class _Listing(int):

@@ -209,10 +209,10 @@ class Lookup(Secrets):
             if number == UPPER or layer.uuid != uuid:
                 continue
             try:
-                fd = syscalls.open_by_handle_at(layer.fd, handle, os.O_PATH)
+                fd = syscalls.open_by_handle_at(layer.readable, handle, os.O_PATH)
             except OSError as error:
                 ino = inode_of_handle(handle)
-                if error.errno not in (errno.EPERM, errno.ENOSYS) or ino is None:
+                if error.errno not in (errno.EPERM, errno.ENOSYS, errno.EBADF) or ino is None:
                     continue
                 return self.compose(ino, layer), 0, index
             try:

@@ -50,11 +50,11 @@ class Renames(Removal):
             raise _failed(errno.ENOENT)
         if new is old:
             return
-        self._check_kinds(old, new, exchange, to_parent)
         self._check_movable(old)
         if exchange:
             assert new is not None
             self._check_movable(new)
+        self._check_kinds(old, new, exchange, to_parent)
 
         # Everything that changes has to be in upper.
         self._copy_up_named(old, parent, name)
@@ -78,7 +78,8 @@ class Renames(Removal):
                 return
             if isinstance(new, Directory) and new.layer == UPPER:
                 self._upper_fd(new)  # it stays reachable while the kernel holds it
-                self._clear_of_whiteouts(upper, new)
+                if new.lowers or self._is_empty(new):
+                    self._clear_of_whiteouts(upper, new)
             self._move(upper, old, parent, old_fd, name, new_fd, to_name)
         except BaseException:
             if new is not None:
@@ -105,7 +106,8 @@ class Renames(Removal):
         if isinstance(new, Directory):
             if not isinstance(old, Directory):
                 raise _failed(errno.EISDIR)
-            if not self._is_empty(new):
+            # Of a directory that is in upper alone, its file system says (xfs: EEXIST).
+            if (new.lowers or new.layer != UPPER) and not self._is_empty(new):
                 raise _failed(errno.ENOTEMPTY)
         elif isinstance(old, Directory):
             raise _failed(errno.ENOTDIR)
