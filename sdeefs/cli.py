@@ -123,7 +123,7 @@ def parser() -> argparse.ArgumentParser:
     umount.add_argument("merged", metavar="MERGED", nargs="+")
     umount.add_argument("-l", "--lazy", action="store_true", help="even while it is in use")
     umount.add_argument(
-        "--force", action="store_true", help="abort the connection of a server that hangs"
+        "--force", action="store_true", help="abort the connection of a server that hangs, end it"
     )
 
     status = command(

@@ -41,3 +41,4 @@ def reopen() -> None:
                     handler.stream = None
             finally:
                 handler.release()
+    logging.getLogger("sdeefs").info("the log was opened anew")

@@ -327,6 +327,7 @@ def _extra(options: Options, name: str, value: str | None) -> Options:
 _ATIME = syscalls.MOUNT_ATTR__ATIME
 #: What mount(8), fstab and overlayfs itself add, and what changes nothing here.
 _MEANINGLESS = (
+    "user_id", "group_id", "rootmode", "max_read", "blksize",
     "defaults", "async", "sync", "dirsync", "lazytime", "nolazytime", "iversion", "noiversion",
     "auto", "noauto", "_netdev", "user", "nouser", "users", "nousers", "owner", "noowner",
     "group", "nogroup", "nofail", "silent", "loud", "mand", "nomand", "acl", "noacl",

@@ -7,6 +7,7 @@ import errno
 import os
 import select
 import shutil
+import signal
 import subprocess
 from typing import Any
 
@@ -77,8 +78,10 @@ def unmount(merged: bytes, *, lazy: bool = False, force: bool = False, wait: flo
         if error.errno != errno.EPERM:
             raise
         fusermount(point, lazy=lazy)
-    if server is not None:
-        _wait(server, 0 if lazy and not force else wait, point)
+    if server is not None and force:
+        _end(server)
+    elif server is not None:
+        _wait(server, 0 if lazy else wait, point)
 
 
 def _ours(mount: Mount) -> bool:
@@ -128,6 +131,18 @@ def _abort(mount: Mount, point: bytes) -> None:
             umount2(point, MNT_FORCE | UMOUNT_NOFOLLOW)
         except OSError:
             pass  # not permitted either: the lazy unmount that follows says so
+
+
+def _end(server: int) -> None:
+    """A server whose connection was aborted ends by itself, or else by force."""
+    try:
+        if not select.select([server], [], [], 3)[0]:
+            signal.pidfd_send_signal(server, signal.SIGKILL)
+            select.select([server], [], [], 10)
+    except ProcessLookupError:
+        pass
+    finally:
+        os.close(server)
 
 
 def _wait(server: int, seconds: float, point: bytes) -> None:

@@ -101,8 +101,6 @@ class Watch:
         try:
             self._mark_all(directory)
         except OSError as error:
-            if error.errno in (errno.ENOENT, errno.ESTALE, errno.ENOTDIR, errno.ELOOP, errno.EXDEV):
-                return  # it is gone, or another mount's place: nothing of it is shown
             self._give_up(error)
 
     def forget(self, directory: Directory) -> None:
@@ -131,8 +129,16 @@ class Watch:
             raise OSError(errno.ENOSPC, f"more than {LIMIT} directories")
         handles = []
         for position in range(len(directory.lowers)):
-            fd = self._filesystem._lower_fd(directory, position)
-            self._group.mark(fd)
+            try:
+                fd = self._filesystem._lower_fd(directory, position)
+            except OSError:
+                continue  # it is gone, or another mount's place: nothing of it is shown
+            try:
+                self._group.mark(fd)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.ENOENT):
+                    continue  # we can't list it: its names come from nowhere else
+                raise
             handles.append(_handle(fd))
         for handle in self._handles.get(directory.number, ()):
             if handle not in handles and self._nodes.get(handle) == directory.number:
