@@ -59,6 +59,7 @@ options (-o NAME[=VALUE],...; `\,` is a comma and, in lowerdir, `\:` a colon of 
   watch=on|off|auto     fanotify tells of changes in lower (else they are seen within a second)
   lower_timeout=, upper_timeout=, timeout=SECONDS   how long the kernel believes what it was told
   whiteouts=auto|chardev|xattr|prefix   how deletions are written
+  read_prefixes=on|off  .wh.NAME is a deletion too (default off; on in sdeefs-overlayfs)
   noxattr               behave as on a filesystem without extended attributes
   threads=N, max_directories=N
 

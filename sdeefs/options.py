@@ -371,6 +371,7 @@ _TABLE: dict[str, _Change] = {
     "watch": _switch("watch"),
     "threads": _threads,
     "whiteouts": _whiteouts,
+    "read_prefixes": _truth_setting("read_prefixes", kernel=False),
     "noxattr": _truth_setting("noxattr", kernel=False),
     "override_stat": _override_stat,
     "secrets": _secrets,

@@ -82,7 +82,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if len(places) != 1:
             raise UsageError("one MERGED is expected")
         # As fuse-overlayfs does: everybody in the namespace may enter.
-        asked = parse(options, drop_in=True)
+        # podman stores the deletions of image layers as `.wh.NAME`, which fuse-overlayfs reads.
+        asked = parse(["read_prefixes", *options], drop_in=True)
         if asked.allow_other is None and os.geteuid() == 0:
             asked = replace(asked, allow_other=True)
         if asked.source == "sdeefs":

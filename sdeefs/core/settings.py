@@ -27,7 +27,7 @@ class WhiteoutForm(enum.Enum):
     AUTO = "auto"
     CHARDEV = "chardev"  # character device 0/0
     XATTR = "xattr"  # zero-size file with overlay.whiteout, its directory opaque=x
-    PREFIX = "prefix"  # `.wh.NAME`; read only where this form is chosen
+    PREFIX = "prefix"  # `.wh.NAME`; read only where this form is chosen, or by `read_prefixes`
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ class Settings:
     index: bool = True  # hard links of lower stay together after copy-up
     xino: bool = True  # inode numbers of several filesystems are made unique
     whiteouts: WhiteoutForm = WhiteoutForm.AUTO
+    read_prefixes: bool = False  # `.wh.NAME` is a deletion, whichever form is written
     noxattr: bool = False  # behave as if upper had no xattrs
     uid_upper: IdMap = ()
     gid_upper: IdMap = ()

@@ -69,8 +69,10 @@ class Union:
         give_file_system_ids(list(self.layers.values()))
         self.layers[max(self.layers)].last = True
         self.writable = self.upper is not None and not self.upper.read_only
-        self.prefixes = settings.whiteouts is WhiteoutForm.PREFIX or (
-            self.upper is not None and self.upper.whiteouts is WhiteoutForm.PREFIX
+        self.prefixes = (
+            settings.read_prefixes
+            or settings.whiteouts is WhiteoutForm.PREFIX
+            or (self.upper is not None and self.upper.whiteouts is WhiteoutForm.PREFIX)
         )
         self.follow_redirects = settings.redirect_dir is not RedirectDir.NOFOLLOW and not (
             settings.userxattr and settings.redirect_dir is RedirectDir.OFF
