@@ -29,12 +29,12 @@ class AssemblyFailed(Exception):
 class Material:
     """What `assemble` works with: descriptors of the caller's.
 
-    `private`: the environment's directory of private ones, or None. `extra`: detached mounts that
-    only the maker could open, by target.
+    `private`: detached mounts of the environment's private directories, by name; a tmpfs where one
+    is missing. `extra`: more detached mounts, by target.
     """
 
     mounts: Sequence[tuple[bytes, int]]
-    private: int | None = None
+    private: Mapping[str, int] = field(default_factory=dict)
     extra: Sequence[tuple[bytes, int]] = ()
     files: Mapping[str, bytes] = field(default_factory=dict)  # written below /run
     links: Mapping[str, str] = field(default_factory=dict)  # made below /run
@@ -174,25 +174,19 @@ def _parents(run: int, name: str) -> None:
             pass
 
 
-def _private(root: int, private: int | None, step: Private) -> None:
-    if private is None:
+def _private(root: int, private: Mapping[str, int], step: Private) -> None:
+    mount = private.get(step.name)
+    if mount is None:
         mount = _filesystem("tmpfs", {"size": "10%", "mode": f"{step.mode:o}"}, _TMP)
-    else:
-        try:
-            os.mkdir(step.name, step.mode, dir_fd=private)
-        except FileExistsError:
-            pass
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-        try:
-            fd = os.open(step.name, flags, dir_fd=private)
-            mount = sc.open_tree(
-                fd, b"", sc.AT_EMPTY_PATH | sc.OPEN_TREE_CLONE | sc.OPEN_TREE_CLOEXEC
-            )
-        except OSError as error:
-            raise AssemblyFailed(f"private/{step.name}: {error.strerror}") from None
-        os.close(fd)
-        sc.mount_setattr(mount, b"", sc.AT_EMPTY_PATH, attr_set=_TMP)
     _put(root, mount, step.target, True, os.fsdecode(step.target))
+
+
+def clone_private(fd: int) -> int:
+    """A detached mount of an open directory of the caller's mount namespace. Raises OSError."""
+    flags = sc.AT_EMPTY_PATH | sc.OPEN_TREE_CLONE | sc.OPEN_TREE_CLOEXEC
+    mount = sc.open_tree(fd, b"", flags)
+    sc.mount_setattr(mount, b"", sc.AT_EMPTY_PATH, attr_set=_TMP)
+    return mount
 
 
 def _bind(root: int, source: int, step: Bind) -> None:

@@ -91,9 +91,17 @@ _OURS: dict[str, dict[str, str]] = {
     "instance": {
         name: name
         for name in (
-            "shared", "shared_types", "system_types", "not_there", "homes", "host_paths",
-            "masked", "tmp_size", "namespaces", "binds",
-        )  # fmt: skip
+            "shared",
+            "shared_types",
+            "system_types",
+            "not_there",
+            "homes",
+            "host_paths",
+            "masked",
+            "tmp_size",
+            "namespaces",
+            "binds",
+        )
     },
     "privileges": {
         "capabilities": "capabilities",

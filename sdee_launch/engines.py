@@ -87,6 +87,38 @@ def kernel_overlay(layers: Layers, volatile: bool = False) -> int:
     return mount
 
 
+def kernel_read_only(point: bytes, lowers: Sequence[int]) -> int:
+    """A detached overlayfs mount of lowers only, the topmost first. Raises EngineProblem.
+
+    Itself a layer of another: that makes two overlayfs on each other, the most that Linux allows.
+    """
+    fs = empty = -1
+    try:
+        if len(lowers) < 2:  # overlayfs wants two, or an upper
+            tmp = syscalls.fsopen("tmpfs")
+            try:
+                syscalls.fsconfig_create(tmp)
+                empty = syscalls.fsmount(tmp)
+            finally:
+                os.close(tmp)
+            lowers = (empty, *lowers)
+        fs = syscalls.fsopen("overlay")
+        syscalls.fsconfig_string(fs, "source", "sdee")
+        for lower in lowers:
+            _set_directory(fs, "lowerdir+", lower)
+        syscalls.fsconfig_flag(fs, "userxattr")
+        syscalls.fsconfig_create(fs)
+        return syscalls.fsmount(fs)
+    except OSError as error:
+        raise EngineProblem(
+            f"overlayfs of the host's {os.fsdecode(point)}: {error.strerror}"
+        ) from None
+    finally:
+        for fd in (fs, empty):
+            if fd >= 0:
+                os.close(fd)
+
+
 def _check_upper(mount: int, layers: Layers, shown: str) -> None:
     """Overlayfs also mounts, with less, over an upper that can't keep what it must."""
     root = os.open(".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=mount)

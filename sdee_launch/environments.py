@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, replace
 from mount_helpers import syscalls
 from sdee_launch.accounts import Account
 from sdee_launch.config import Settings
+from sdee_launch.plan import Plan, Private
 
 FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
@@ -103,6 +104,20 @@ class Environment:
             os.close(fd)
             raise
         return fd
+
+    def open_private(self, plan: Plan) -> dict[str, int]:
+        """The private directories that a plan shows, by name; the caller's. Raises OSError."""
+        found: dict[str, int] = {}
+        for step in plan.steps:
+            if isinstance(step, Private):
+                top = self.directory("private", create=0o700)
+                try:
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(step.name, step.mode, dir_fd=top)
+                    found[step.name] = os.open(step.name, _DIRECTORY, dir_fd=top)
+                finally:
+                    os.close(top)
+        return found
 
     def read_record(self) -> dict[str, object] | None:
         """What is written of the live instance; it may be of one that is gone."""
@@ -256,9 +271,7 @@ def check_name(name: object) -> str:
 
 def store_path(account: Account, settings: Settings) -> str:
     """Where this user's environments are."""
-    return settings.store.format(
-        home=account.home.rstrip("/"), user=account.name, uid=account.uid
-    )
+    return settings.store.format(home=account.home.rstrip("/"), user=account.name, uid=account.uid)
 
 
 def open_store(account: Account, settings: Settings) -> Store:

@@ -70,43 +70,34 @@ def run(servers: Sequence[int], lasting: bool) -> NoReturn:
         signal.signal(number, _noted)
     signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
-    poll = select.poll()
-    poll.register(wake, select.POLLIN)
-    if not lasting:
-        poll.register(membership.FD, select.POLLIN)
+    poll = select.epoll()
+    poll.register(wake, select.EPOLLIN)
     for fd in servers:
-        poll.register(fd, select.POLLIN)
+        poll.register(fd, select.EPOLLIN)
+    if not lasting:
+        # By edge: without a writer the pipe is at its end all the time.
+        poll.register(membership.FD, select.EPOLLIN | select.EPOLLET)
     deadline: float | None = None if lasting else time.monotonic() + FIRST_MEMBER
     while True:
-        wait = None if deadline is None else max(0, int((deadline - time.monotonic()) * 1000) + 1)
-        for fd, events in poll.poll(wait):
+        wait = None if deadline is None else max(0.0, deadline - time.monotonic()) + 0.001
+        for fd, _ in poll.poll(wait):
             if fd == wake:
                 if set(os.read(wake, 512)) - {signal.SIGCHLD}:
                     _end()
-            elif fd == membership.FD:
-                if events & select.POLLIN:
-                    _drain()
-                    deadline = None
-                elif membership.leave(membership.FD):
-                    os._exit(0)
-            else:
+            elif fd in servers:
                 os._exit(1)
-        if deadline is not None and time.monotonic() > deadline:
-            if membership.leave(membership.FD):
+        if not lasting:
+            joined, inhabited = membership.look(membership.FD)
+            if joined:
+                deadline = None
+            over = deadline is None or time.monotonic() > deadline
+            if over and not inhabited and membership.leave(membership.FD):
                 os._exit(0)
-            deadline = None
         _reap()
 
 
 def _noted(*_: object) -> None:
     """The wakeup descriptor tells."""
-
-
-def _drain() -> None:
-    try:
-        os.read(membership.FD, 4096)
-    except BlockingIOError:
-        pass
 
 
 def _reap() -> bool:

@@ -21,13 +21,10 @@ class Ended(Exception):
 
 
 def make() -> int:
-    """The read end of a new pipe that has had no writer yet; the caller's."""
-    read, write = os.pipe2(os.O_CLOEXEC)
+    """The read end of a new pipe that has no writer yet; the caller's."""
+    read, write = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     os.close(write)
-    # Opened anew, poll(2) tells an end only after a first writer has come and gone.
-    fresh = os.open(f"/proc/self/fd/{read}", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    os.close(read)
-    return fresh
+    return read
 
 
 def hold(pid: int) -> int:
@@ -48,6 +45,18 @@ def hold(pid: int) -> int:
         os.close(fd)
         raise Ended from None
     return fd
+
+
+def look(fd: int) -> tuple[bool, bool]:
+    """For init: (whether somebody joined since the last look, whether any member is there)."""
+    joined = False
+    while True:
+        try:
+            if not os.read(fd, 4096):
+                return joined, False
+            joined = True
+        except BlockingIOError:
+            return joined, True
 
 
 def leave(fd: int) -> bool:

@@ -109,7 +109,9 @@ def visible(mounts: Sequence[Mount]) -> list[Mount]:
         found.append(mount)
         for child in below_it:
             covered = any(
-                other is not child and other.point != child.point and below(child.point, other.point)
+                other is not child
+                and other.point != child.point
+                and below(child.point, other.point)
                 for other in below_it
             )
             if not covered:
@@ -171,7 +173,12 @@ def make_plan(
         elif point in files:
             if below(point, b"/etc"):
                 bound.append(point)
-        elif mount.fstype in settings.system_types and not any(below(point, p) for p in shared):
+        elif (
+            mount.fstype in settings.system_types
+            and not any(below(point, p) for p in shared)
+            # An overlay deep below / is a container's root, and no part of the system.
+            and (mount.fstype != "overlay" or point.count(b"/") == 1)
+        ):
             overlays.append(point)
     # A plain directory that the site shares; what is mounted there was seen above.
     bound += [p for p in shared if p not in bound and not any(below(p, b) for b in bound)]

@@ -177,6 +177,4 @@ def make_guard(
     for name in allowed_calls:
         if name not in _REFUSED:
             raise ValueError(f"{name} is no call that is refused")
-    return Guard(
-        capability_mask(capabilities), seccomp_filter(allowed=allowed_calls), no_new_privs
-    )
+    return Guard(capability_mask(capabilities), seccomp_filter(allowed=allowed_calls), no_new_privs)

@@ -10,7 +10,7 @@ joining needs: no argparse, no signal (which brings enum), no configuration unle
 
 from __future__ import annotations
 
-import _signal as signal
+import _signal as signal  # type: ignore[import-not-found]
 import os
 import stat
 import sys
@@ -271,7 +271,7 @@ def _in_instance(target: Target, command: Sequence[str], argv0: str | None) -> i
         raise NotEntered(f"the instance of {target.environment}: {error.strerror}") from None
     foreground = _foreground()
     alive, held = os.pipe2(os.O_CLOEXEC)
-    everything = set(range(1, signal.NSIG)) - {signal.SIGKILL, signal.SIGSTOP}
+    everything = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, everything)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:

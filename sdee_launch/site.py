@@ -18,7 +18,7 @@ from mount_helpers.mountinfo import read_mounts
 from mount_helpers.namespaces import user_namespace, write_id_maps
 from sdee_launch import engines, environments, layers, plan, protocol, workload
 from sdee_launch.accounts import Account, IdMaps, id_maps
-from sdee_launch.assemble import Material
+from sdee_launch.assemble import Material, clone_private
 from sdee_launch.config import Settings
 from sdee_launch.engines import EngineProblem, Layers, Merged
 from sdee_launch.environments import Busy, Environment, EnvironmentProblem
@@ -139,11 +139,14 @@ def make_instance(
             },
         )
         stack.callback(merged.close)
-        private = None
+        private: dict[str, int] = {}
         if environment is not None:
             with as_user(user):
-                private = environment.directory("private", create=0o700)
-            stack.callback(os.close, private)
+                opened = environment.open_private(made_plan)
+            for key, fd in opened.items():
+                stack.callback(os.close, fd)
+                private[key] = clone_private(fd)
+                stack.callback(os.close, private[key])
         extra, files, links = _daemon_inside(name, stack)
         guard = settings.guard()
         recipe = Recipe(
@@ -330,12 +333,17 @@ def _kernel(
             lowers, upper, work = _parts(point, tops, merged, user)
             if upper < 0:
                 continue
-            lowers += _mask_part(mask, maps, point, merged)
+            masked = _mask_part(mask, maps, point, merged)
             lower = _shifted(point, maps)
             merged.fds.append(lower)
-            mount = engines.kernel_overlay(
-                Layers(point, (*lowers, lower), upper, work), volatile
-            )
+            if lowers:
+                # A generation lies below / itself, and overlayfs takes no lower that is inside
+                # another one (ELOOP). An overlay of the host's layers is a filesystem apart.
+                lower = engines.kernel_read_only(point, (*masked, lower))
+                merged.fds.append(lower)
+            else:
+                lowers = masked
+            mount = engines.kernel_overlay(Layers(point, (*lowers, lower), upper, work), volatile)
             merged.mounts.append((point, mount))
             # Overlayfs makes work/work as root's; the user must be able to remove it one day.
             with contextlib.suppress(OSError):

@@ -1,0 +1,102 @@
+"""The commands of `sdee`, each from the module that knows it; only the one that is asked for runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import Any, cast
+
+#: Words that a module adds to the parser itself, by add_parser(subparsers).
+_MODULES = {
+    "env": "sdee_launch.env_command",
+    "ps": "sdee_launch.live",
+    "kill": "sdee_launch.live",
+    "status": "sdee_launch.live",
+    "doctor": "sdee_launch.doctor",
+    "deploy": "sdee_launch.deploy.command",
+    "cache": "sdee_launch.deploy.command",
+    "job": "sdee_launch.slurm.command",
+    "jobs": "sdee_launch.slurm.command",
+    "node": "sdee_launch.slurm.command",
+    "srun": "sdee_launch.slurm.command",
+    "sbatch": "sdee_launch.slurm.command",
+    "salloc": "sdee_launch.slurm.command",
+}
+#: Words whose arguments a function takes as they are.
+_FUNCTIONS = {
+    "install": "sdee_launch.install:install_main",
+    "uninstall": "sdee_launch.install:uninstall_main",
+    "daemon": "sdee_launch.daemon:main",
+}
+_HELP = """\
+usage: sdee COMMAND …
+
+Environments: root of one's own over the host's /.
+
+  shell  [--env NAME] [--engine auto|kernel|fuse] [--bind SRC[:DST][:ro]] [--rootless]
+  run    (the same) [--] COMMAND…
+                     a shell, or a command, in an environment; it is made on first use
+  env    list | create | info | diff | reset | snapshot | rollback | export | import | rename | rm
+  ps, kill, status   what is alive on this node
+  doctor             what this node can do, and what is in the way
+  deploy, cache      the way of an environment to other nodes
+  jobs, job, srun, sbatch, salloc
+                     jobs in environments
+  daemon, install, uninstall, node
+                     for administrators
+
+sdee COMMAND --help tells more."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """All commands but the quick way to run and shell; the exit status."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_HELP)
+        return 0 if words else 2
+    word = words[0]
+    if word == "--version":
+        from importlib.metadata import version
+
+        print(f"sdee {version('sdee')}")
+        return 0
+    if word in ("run", "shell"):
+        print(_HELP)
+        return 0
+    if word in _FUNCTIONS:
+        module, _, name = _FUNCTIONS[word].partition(":")
+        function = cast(Callable[[list[str]], int], getattr(importlib.import_module(module), name))
+        return function(words[1:])
+    module_name = _MODULES.get(word)
+    if module_name is None or find_spec(module_name) is None:
+        print(f"sdee: {word} is no command; sdee --help lists them", file=sys.stderr)
+        return 2
+    parser = argparse.ArgumentParser(prog="sdee")
+    subparsers = parser.add_subparsers(required=True)
+    importlib.import_module(module_name).add_parser(subparsers)
+    return _perform(parser.parse_args(words), word)
+
+
+def _perform(options: argparse.Namespace, word: str) -> int:
+    from sdee_launch.config import ConfigError
+    from sdee_launch.environments import EnvironmentProblem
+    from sdee_launch.plan import PlanProblem
+    from sdee_launch.protocol import Refused
+    from sdee_launch.session import NotEntered
+
+    function: Any = getattr(options, "run", None) or options.function
+    try:
+        return int(function(options) or 0)
+    except BrokenPipeError:
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except (ConfigError, EnvironmentProblem, PlanProblem, Refused, NotEntered) as error:
+        print(f"sdee {word}: {error}", file=sys.stderr)
+    except OSError as error:
+        name = f"{error.filename!s}: " if error.filename else ""
+        print(f"sdee {word}: {name}{error.strerror or error}", file=sys.stderr)
+    return 1
