@@ -12,7 +12,7 @@ DIRECTORIES = ("/etc/slurm", "/etc/slurm-llnl", "/usr/local/etc/slurm", "/run/sl
 #: The client commands that a user types.
 COMMANDS = (
     "srun", "sbatch", "salloc", "squeue", "scancel", "sinfo", "sacct", "scontrol", "sattach",
-    "sbcast", "sprio", "sstat", "sshare", "strigger", "sacctmgr", "sreport", "scrontab",
+    "sbcast", "sstat", "sprio",
 )  # fmt: skip
 
 _BIN_DIRECTORIES = ("/usr/bin", "/usr/local/bin", "/opt/slurm/bin")

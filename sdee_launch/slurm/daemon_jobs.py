@@ -15,7 +15,7 @@ import trio
 from sdee_launch import environments, instances
 from sdee_launch.daemon import Daemon
 from sdee_launch.daemon_ops import STARTERS, Reply, Request, operation
-from sdee_launch.daemon_requests import join_instance, owner_of
+from sdee_launch.daemon_requests import ENGINES, join_instance, owner_of
 from sdee_launch.protocol import Refused
 from sdee_launch.slurm import filters, identity, records
 
@@ -66,10 +66,16 @@ async def job_submit(daemon: Daemon, request: Request) -> Reply:
             "environment": environment,
             "generation": generation,
             "exclude": list(request.strings("exclude")),
+            "transport": request.get("transport", str, ""),
         },
     )
     result = _result(reply)
     variables = dict(_mapping(result["variables"]))
+    engine = request.get("engine", str, "auto")
+    if engine not in ENGINES:
+        raise Refused(f"engine {engine[:40]!r}: one of {', '.join(ENGINES)}", "bad-request")
+    if engine != "auto":
+        variables["engine"] = engine
     if request.get("keep", bool, False):
         variables["keep"] = "1"
     return Reply({"variables": variables, "warning": result.get("warning", "")})

@@ -9,7 +9,7 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-from sdee_launch.slurm import conf, identity
+from sdee_launch.slurm import conf, identity, records
 
 PLUGIN = "spank_sdee.so"
 #: What slurm.conf must say. DeferBatch: a batch job starts when all its nodes are ready.
@@ -49,17 +49,39 @@ def build(directory: Path) -> list[Path]:
     return [plugin, client]
 
 
+_PROLOG = """\
+#!/bin/sh
+# Prolog of SDEE. A job without an environment costs this one shell.
+[ -n "$SPANK_SDEE_REF" ] || exit 0
+{python} -I -m sdee_launch.slurm.hook prolog && exit 0
+# A failing Prolog would drain the node: the job fails in its place, by what its steps find here.
+mkdir -p {jobs}
+cat > {jobs}/"$SLURM_JOB_ID" <<END
+failed the Prolog of SDEE could not run
+{{"job": $SLURM_JOB_ID, "uid": $SLURM_JOB_UID, "reference": "", "node": "$SLURMD_NODENAME",
+ "failure": "the Prolog of SDEE could not run"}}
+END
+exit 0
+"""
+_EPILOG = """\
+#!/bin/sh
+# Epilog of SDEE: harmless if it is run twice, or for a job without an environment.
+[ -e {jobs}/"$SLURM_JOB_ID" ] || exit 0
+{python} -I -m sdee_launch.slurm.hook epilog
+exit 0
+"""
+
+
 def write_hooks(directory: Path, python: str = sys.executable) -> list[Path]:
-    """The scripts that slurmd calls; a job without an environment costs one shell."""
-    prolog, epilog = directory / "sdee-prolog", directory / "sdee-epilog"
-    for path, test in (
-        (prolog, '[ -n "$SPANK_SDEE_REF" ] || exit 0'),
-        (epilog, '[ -e "/run/sdee/jobs/$SLURM_JOB_ID" ] || exit 0'),
-    ):
-        word = path.name.removeprefix("sdee-")
-        path.write_text(f"#!/bin/sh\n{test}\nexec {python} -I -m sdee_launch.slurm.hook {word}\n")
+    """The scripts that slurmd calls."""
+    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    written = []
+    for name, text in (("sdee-prolog", _PROLOG), ("sdee-epilog", _EPILOG)):
+        path = directory / name
+        path.write_text(text.format(python=python, jobs=records.DIRECTORY))
         path.chmod(0o755)
-    return [prolog, epilog]
+        written.append(path)
+    return written
 
 
 def plugstack_line(directory: Path, python: str = sys.executable) -> str:

@@ -17,6 +17,7 @@
  *    with its capabilities the mount namespace, then drops what the daemon says.
  */
 #define _GNU_SOURCE
+#include <dirent.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
@@ -188,7 +189,7 @@ static int choose(spank_t sp)
 		return 0;
 	}
 	unsetenv("SDEE_JOB_REF");
-	if (!wanted && !getenv("SDEE_ENVIRONMENT") && !exists_in_home(".config/sdee/sdee.toml"))
+	if (!wanted && access("/run/sdee/inside", F_OK) && !exists_in_home(".config/sdee/sdee.toml"))
 		return 0;
 	if (ask_helper(out, sizeof out)) {
 		slurm_error("sdee: the job is not submitted (--sdee=no submits it without)");
@@ -556,6 +557,23 @@ static int set_filter(void)
 	return prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &program);
 }
 
+/* A directory of the host that the program inherits would be a way out of the instance. */
+static void keep_no_directories(void)
+{
+	DIR *list = opendir("/proc/self/fd");
+	struct dirent *entry;
+	struct stat status;
+
+	if (!list)
+		return;
+	while ((entry = readdir(list))) {
+		int fd = atoi(entry->d_name);
+		if (fd > 2 && !fstat(fd, &status) && S_ISDIR(status.st_mode))
+			fcntl(fd, F_SETFD, FD_CLOEXEC);
+	}
+	closedir(list);
+}
+
 int slurm_spank_task_init(spank_t sp, int ac, char **av)
 {
 	char directory[PATH_MAX], from[PATH_MAX];
@@ -575,10 +593,13 @@ int slurm_spank_task_init(spank_t sp, int ac, char **av)
 	/* A directory that only the environment has: slurmstepd went to /tmp in its place. */
 	if (!strcmp(directory, "/tmp") && *from == '/' && access(from, X_OK))
 		strcpy(directory, from);
+	keep_no_directories();
 	if (setns(fds[FD_USER], CLONE_NEWUSER))
 		fail("the instance's user namespace");
 	else if (setns(fds[FD_MOUNT], CLONE_NEWNS))
 		fail("the instance's mount namespace");
+	else if (setresgid(0, 0, 0) || setresuid(0, 0, 0))
+		fail("ids of the instance");
 	else if (chdir(directory) && (slurm_error("sdee: %s: %m: going to /tmp instead", directory), chdir("/tmp")))
 		fail("/tmp");
 	else if (no_new_privs && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0))

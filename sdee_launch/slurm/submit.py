@@ -17,6 +17,12 @@ from dataclasses import dataclass
 from sdee_launch import protocol
 
 
+#: An instance has this file.
+INSIDE = "/run/sdee/inside"
+#: Of the submitter's variables, what a job takes: for one job on another engine, or by another way.
+CHOSEN = ("engine", "transport")
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """An environment by name, and by generation unless it is the present state."""
@@ -63,13 +69,22 @@ def default_environment(home: str) -> str:
     return name
 
 
+def environment_inside() -> str:
+    """The name of the environment that this runs in; empty on the host."""
+    try:
+        with open(INSIDE, encoding="utf-8") as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
 def choose(option: str | None, variables: dict[str, str]) -> Choice | None:
     """The option, else the environment that we run in, else the user's default."""
     if option == "no":
         return None
     if option:
         return parse_choice(option)
-    inside = variables.get("SDEE_ENVIRONMENT")
+    inside = environment_inside()
     if inside:
         return parse_choice(inside)
     name = default_environment(variables.get("HOME", "/"))
@@ -99,6 +114,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             fields["generation"] = choice.generation
         if keep:
             fields["keep"] = True
+        for name in CHOSEN:
+            value = os.environ.get(f"SDEE_JOB_{name.upper()}")
+            if value:
+                fields[name] = value
         reply, _ = protocol.request("job-submit", **fields)  # type: ignore[arg-type]
     except (SubmitError, protocol.Refused, protocol.Unavailable) as error:
         print(f"sdee: {error}", file=sys.stderr)

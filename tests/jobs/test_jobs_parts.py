@@ -34,11 +34,14 @@ def test_choice_refused_by_name(text: str) -> None:
         submit.parse_choice(text)
 
 
-def test_who_decides(tmp_path: Path) -> None:
-    inside = {"SDEE_ENVIRONMENT": "main", "HOME": str(tmp_path)}
+def test_who_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inside = {"HOME": str(tmp_path)}
+    monkeypatch.setattr(submit, "INSIDE", str(tmp_path / "inside"))
+    (tmp_path / "inside").write_text("main\n")
     assert submit.choose("no", inside) is None
     assert submit.choose("other@2", inside) == submit.Choice("other", 2)
     assert submit.choose(None, inside) == submit.Choice("main")
+    (tmp_path / "inside").unlink()
     assert submit.choose(None, {"HOME": str(tmp_path)}) is None
     (tmp_path / ".config/sdee").mkdir(parents=True)
     (tmp_path / ".config/sdee/sdee.toml").write_text('[jobs]\nenvironment = "mine"\n')
@@ -109,6 +112,21 @@ def test_prolog_that_fails_never_drains_the_node(
     assert hook.prolog(variables) == 0
     assert told == [(7, "n2", "No space left on device")]
     assert [(x.job, x.failure) for x in written] == [(7, "No space left on device")]
+
+
+def test_prolog_s_last_resort_is_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a Python that works, the shell alone sees to it that no task runs outside."""
+    monkeypatch.setattr(records, "DIRECTORY", tmp_path / "jobs")
+    prolog, epilog = install.write_hooks(tmp_path / "hooks", python="/bin/false")
+    variables = {
+        "PATH": "/usr/bin:/bin", "SPANK_SDEE_REF": "a@1", "SLURM_JOB_ID": "12",
+        "SLURM_JOB_UID": "77", "SLURMD_NODENAME": "n1",
+    }  # fmt: skip
+    for hook_ in (prolog, epilog):
+        subprocess.run([hook_], check=True, timeout=20, env=variables)
+    record = records.read(12, tmp_path / "jobs")
+    assert record is not None
+    assert (record.uid, record.failure) == (77, "the Prolog of SDEE could not run")
 
 
 def test_records(tmp_path: Path) -> None:
