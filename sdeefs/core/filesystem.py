@@ -309,8 +309,16 @@ class Filesystem(Xattrs):
         with self.lock:
             directory = self._directory(node)
             handle = self._new_handle()
-            self._open_dirs[handle] = OpenDirectory(directory)
+            self._open_dirs[handle] = OpenDirectory(directory, self._latest.get(node))
             return handle
+
+    def caches_directory(self, handle: int) -> bool:
+        """Whether the kernel may keep the entries that it is told through this handle: it learns
+        of every change, since all are made through it, or the directories of lower are watched."""
+        if self.upper_timeout <= 0:
+            return False
+        lowers = self._open_directory(handle).node.lowers
+        return not lowers or self.lower_timeout >= self.upper_timeout
 
     def _open_directory(self, handle: int) -> OpenDirectory:
         try:

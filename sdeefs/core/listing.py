@@ -26,15 +26,42 @@ UNKNOWN = 0
 class OpenDirectory:
     """A directory handle."""
 
-    __slots__ = ("entries", "node")
+    __slots__ = ("entries", "latest", "node")
 
-    def __init__(self, node: Directory) -> None:
+    def __init__(self, node: Directory, latest: Snapshot | None = None) -> None:
         self.node = node
         self.entries: Snapshot | None = None
+        # What the kernel's cache of the directory was filled from, if it was: a reader that began
+        # there and is sent on to us goes on in it.
+        self.latest = latest
+
+
+class Latest:
+    """The lists that were last taken of the directories read last: some of them, by node."""
+
+    LIMIT = 50_000  # entries in all
+
+    def __init__(self) -> None:
+        self._lists: dict[int, Snapshot] = {}
+        self._entries = 0
+
+    def get(self, node: int) -> Snapshot | None:
+        return self._lists.get(node)
+
+    def keep(self, node: int, entries: Snapshot) -> None:
+        self._entries += len(entries) - len(self._lists.pop(node, ()))
+        self._lists[node] = entries
+        while self._entries > self.LIMIT:
+            oldest = next(iter(self._lists))
+            self._entries -= len(self._lists.pop(oldest))
 
 
 class Listing(CopyUp):
     """The room of directory contents."""
+
+    def __init__(self, settings: object) -> None:
+        super().__init__(settings)
+        self._latest = Latest()
 
     def _scan(
         self, layer_number: int, dir_fd: int, unknown: bool
@@ -137,8 +164,11 @@ class Listing(CopyUp):
         return 0 if isinstance(found, bool) else found.shown
 
     def _entries(self, handle: OpenDirectory, offset: int) -> Snapshot:
+        if handle.entries is None and offset and handle.latest is not None:
+            handle.entries = handle.latest
         if handle.entries is None or offset == 0:
             handle.entries = self._snapshot(handle.node)
+            self._latest.keep(handle.node.number, handle.entries)
         return handle.entries
 
     def _plain_entries(

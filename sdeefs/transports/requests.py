@@ -379,8 +379,13 @@ def _directories(operations: Operations) -> Part:
     op_fsyncdir, op_forget = operations.fsyncdir, operations.forget
     pack_dirent, pack_direntplus = wire.pack_dirent, wire.pack_direntplus
 
+    may_cache: Callable[[int], bool] | None = getattr(operations, "caches_directory", None)
+    cached = wire.FOPEN_CACHE_DIR | wire.FOPEN_KEEP_CACHE
+
     def opendir(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
-        return wire.OPEN_OUT.pack(op_opendir(node, _caller((uid, gid, pid))), 0, 0)
+        handle = op_opendir(node, _caller((uid, gid, pid)))
+        keep = may_cache is not None and may_cache(handle)
+        return wire.OPEN_OUT.pack(handle, cached if keep else 0, 0)
 
     def readdir(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
         handle, offset, room, _, _, _, _ = wire.READ_IN.unpack_from(body)
