@@ -249,6 +249,9 @@ class AttributesRoom(Lookup):
             if mode & stat.S_IXGRP:
                 mode &= ~stat.S_ISGID
             self._chmod(node, mode, fd)
+        self._strip_capability(node, fd)
+
+    def _strip_capability(self, node: Node, fd: int) -> None:
         path, follow = (fd_path(fd), True) if fd >= 0 else self._xattr_place(node)
         try:
             os.removexattr(path, b"security.capability", follow_symlinks=follow)

@@ -74,6 +74,9 @@ class Filesystem(Xattrs):
         with self.lock:
             found = self._node(node)
             try:
+                extra = found.extra
+                if extra is not None and extra.privileged is not None:
+                    self._check_privileges(found)
                 return self._answer(found)
             except OSError as error:
                 file = self._files.get(handle)
@@ -107,6 +110,8 @@ class Filesystem(Xattrs):
         self._change(node, change, file.fd if file is not None and file.node is node else -1)
         if secret and change.size == 0:
             self._reveal(node)
+        if extra is not None and extra.handles:
+            self._note_privileges(node, change)
         return self._answer(node)
 
     def readlink(self, node: int) -> bytes:
@@ -222,6 +227,8 @@ class Filesystem(Xattrs):
         self, node: int, flags: int, caller: Caller, kill_suid_sgid: bool = False
     ) -> Opened | Later[Opened]:
         """open(2) of a file that exists."""
+        if not self.killpriv and caller.uid != 0:
+            kill_suid_sgid = True  # the kernel doesn't say it, and does nothing with O_TRUNC itself
         try:
             with self.lock:
                 if self.open_directories > self.settings.max_directories:

@@ -8,7 +8,7 @@ import os
 import stat
 
 from sdeefs.core import credentials
-from sdeefs.core.api import Caller, Entry, Io, Opened
+from sdeefs.core.api import Caller, Entry, Io, Opened, SetAttributes
 from sdeefs.core.formats import fd_path
 from sdeefs.core.listing import OpenDirectory
 from sdeefs.core.nodes import UPPER, Directory, Node
@@ -101,8 +101,10 @@ class Handles(Renames):
         try:
             if extra is not None and extra.secret:
                 self._reveal(node)
-            if truncates and (kill or not self.killpriv):
+            if truncates and kill:
                 self._strip_privileges(node, fd)
+            elif truncates and not self.killpriv:
+                self._strip_capability(node, fd)
             return self._opened(node, fd, writable)
         except BaseException:
             os.close(fd)
@@ -214,6 +216,28 @@ class Handles(Renames):
             self.table.drop(node)
             self._close_dropped()
 
+    def _note_privileges(self, node: Node, change: SetAttributes) -> None:
+        """setuid or setgid was set on a file that the kernel writes by itself.
+
+        Linux <= 6.18 tells nobody of such writes, which must take the bits away: they show by mtime.
+        """
+        extra = node.more()
+        mode = change.mode
+        if mode is not None:
+            extra.privileged = None
+            if mode & stat.S_ISUID or mode & 0o2010 == 0o2010:
+                for file in extra.handles:
+                    if file.writable and file.io is Io.PASSTHROUGH:
+                        extra.privileged = 0
+        if extra.privileged is not None:
+            extra.privileged = self._stat(node).st_mtime_ns
+
+    def _check_privileges(self, node: Node) -> None:
+        extra = node.more()
+        if self._stat(node).st_mtime_ns != extra.privileged:
+            extra.privileged = None
+            self._strip_privileges(node, -1)
+
     def _writer(self, handle: int) -> OpenFile:
         file = self._file(handle)
         if not file.writable:
@@ -257,6 +281,9 @@ class Handles(Renames):
     def _fallocate(self, handle: int, mode: int, offset: int, length: int) -> None:
         file = self._writer(handle)
         credentials.settle()
+        if self.killpriv:  # and the kernel doesn't say whether the caller may keep them
+            with self.lock:
+                self._strip_privileges(file.node, file.fd)
         while _libc.fallocate(file.fd, mode, offset, length):
             number = ctypes.get_errno()
             if number != errno.EINTR:
