@@ -144,6 +144,7 @@ class CopyUp(AttributesRoom):
             directory.flags = (directory.flags & ~HIDDEN) | OPAQUE
             self._close_lower_fds(directory)
             directory.lowers = ()
+            directory.shown = self.compose(directory.ino, self.layers[UPPER])
         self._drop_prefix_whiteout(parent_fd, directory.name)
 
     # files
@@ -290,7 +291,7 @@ class CopyUp(AttributesRoom):
             os.unlink(name, dir_fd=upper.work)
             os.close(extra.fd)
             extra.fd = held
-            node.layer, node.ino = UPPER, made.st_ino
+            node.layer, node.ino, node.stamp = UPPER, made.st_ino, 0
             return
         parent = node.parent
         assert parent is not None
@@ -303,9 +304,9 @@ class CopyUp(AttributesRoom):
             if prepared.origin is not None:
                 self._set_impure(parent, parent_fd)
             os.rename(name, node.name, src_dir_fd=upper.work, dst_dir_fd=parent_fd)
-        if prepared.origin is None:
-            node.shown = self.compose(made.st_ino, self.layers[0])
-        node.layer, node.ino = UPPER, made.st_ino
+        if not prepared.origin or not self._keeps_origin(node):
+            node.shown = self.compose(made.st_ino, self.layers[0])  # as after a remount
+        node.layer, node.ino, node.stamp = UPPER, made.st_ino, 0
         self.table.set_key(node, None)
         self._drop_prefix_whiteout(parent_fd, node.name)
 
@@ -358,7 +359,7 @@ class CopyUp(AttributesRoom):
         os.rename(name, index, src_dir_fd=upper.work, dst_dir_fd=upper.index)
         upper.index_names.add(index)
         extra.index = index
-        node.layer, node.ino = UPPER, made.st_ino
+        node.layer, node.ino, node.stamp = UPPER, made.st_ino, 0
         self.table.set_key(node, (UPPER, made.st_ino))
 
     def _link_up(self, node: Node, parent: Directory, name: bytes) -> None:
@@ -447,6 +448,12 @@ class CopyUp(AttributesRoom):
     def _set_origin(self, path: bytes, follow: bool, origin: bytes | None) -> None:
         if origin is not None:
             self._mark(path, self.names.origin, origin, must=False, follow=follow)
+
+    def _keeps_origin(self, node: Node) -> bool:
+        """Whether upper can say of a file where it was copied up from (user.* isn't for all kinds)."""
+        if self.upper is None or not self.upper.xattrs:
+            return False
+        return not self.settings.userxattr or node.kind == stat.S_IFREG
 
     def _mark(
         self, path: bytes, name: bytes, value: bytes, must: bool, follow: bool = False

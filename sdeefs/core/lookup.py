@@ -398,9 +398,19 @@ class Lookup(Secrets):
         """The node of what was found; the same one as before where it is the same object."""
         st, layer = found.st, found.layer
         kind = st.st_mode & 0o170000
+        # With write-back the kernel believes no new size of a file it knows: a file of lower that
+        # was changed in place is another node to it.
+        stamp = 0
+        if self.writeback and layer != UPPER and kind == stat.S_IFREG:
+            stamp = hash((st.st_size, st.st_mtime_ns))
         child = parent.children.get(name)
         if child is not None:
-            if child.ino == st.st_ino and child.layer == layer and child.kind == kind:
+            if (
+                child.ino == st.st_ino
+                and child.layer == layer
+                and child.kind == kind
+                and child.stamp == stamp
+            ):
                 if isinstance(child, Directory):
                     self._update_directory(child, found)
                 return child
@@ -422,7 +432,7 @@ class Lookup(Secrets):
         ):
             key = (layer, st.st_ino)
             known = self.table.linked.get(key)
-            if known is not None and known.kind == kind:
+            if known is not None and known.kind == kind and known.stamp == stamp:
                 self.table.add_name(known, parent, name)
                 if known.parent is None or (known.extra is not None and known.extra.fd >= 0):
                     self._settle_at(known, parent, name)
@@ -431,6 +441,7 @@ class Lookup(Secrets):
         if shown == st.st_ino:
             shown = st.st_ino
         node = Node(self.table.number(), parent, name, kind, layer, st.st_ino, shown)
+        node.stamp = stamp
         self.table.add(node)
         if key is not None:
             self.table.set_key(node, key)

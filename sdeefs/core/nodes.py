@@ -31,7 +31,9 @@ LinkKey = tuple[int, int]  # layer, inode number
 class Extra:
     """What few objects have."""
 
-    __slots__ = ("fd", "handles", "index", "io", "key", "lower_nlink", "names", "opened", "secret")
+    __slots__ = (
+        "fd", "handles", "index", "io", "key", "lower_nlink", "names", "opened", "privileged", "secret"
+    )  # fmt: skip
 
     def __init__(self) -> None:
         self.names: set[tuple[Directory, bytes]] | None = None  # beside the first name
@@ -43,12 +45,15 @@ class Extra:
         self.opened: tuple[int, int] | None = None  # mtime_ns and size that the page cache is of
         self.io = 0
         self.secret = False
+        self.privileged: int | None = None  # mtime_ns when setuid or setgid was set beside writers
 
 
 class Node:
     """An object that is not a directory; `Directory` is the other kind."""
 
-    __slots__ = ("count", "extra", "ino", "kind", "layer", "name", "number", "parent", "shown")
+    __slots__ = (
+        "count", "extra", "ino", "kind", "layer", "name", "number", "parent", "shown", "stamp"
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -69,6 +74,7 @@ class Node:
         self.ino = ino  # its inode number there
         self.shown = shown  # st_ino in merged
         self.extra: Extra | None = None
+        self.stamp = 0  # of a file of lower under write-back: the size and time that were told
 
     def more(self) -> Extra:
         """The Extra, made when first needed."""

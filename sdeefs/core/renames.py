@@ -116,14 +116,34 @@ class Renames(Removal):
         """A directory that lower has a part in moves only by a redirect."""
         if not isinstance(node, Directory) or not node.lowers or node.flags & HIDDEN:
             return
-        upper = self.upper
-        if self.settings.redirect_dir is not RedirectDir.ON or upper is None or not upper.xattrs:
+        if self.settings.redirect_dir is not RedirectDir.ON:
             raise _failed(errno.EXDEV)
 
     def _copy_up_named(self, node: Node, parent: Directory, name: bytes) -> None:
         """Into upper, under this name (an inode of the index may lack it)."""
         self._copy_up(node)
         self._link_up(node, parent, name)
+        if isinstance(node, Directory) and node.lowers and not self._writable().xattrs:
+            self._copy_up_tree(node)
+
+    def _copy_up_tree(self, directory: Directory) -> None:
+        """Where upper can't keep a redirect, all of a directory is copied up before it moves."""
+        self._copy_up_directory(directory)
+        for name, _, _ in self._snapshot(directory)[2:]:
+            node, _ = self._find_node(directory, name)
+            if isinstance(node, Directory):
+                self._copy_up_tree(node)
+            else:
+                self._copy_up(node)
+        parent = directory.parent
+        if directory.lowers and parent is not None:
+            fd = self._upper_fd(parent)
+            with self._parent_times(directory, self._upper_fd(directory)):
+                self._set_opaque(fd, directory.name, must=True)
+            self._close_lower_fds(directory)
+            directory.lowers = ()
+            directory.flags |= OPAQUE
+            directory.shown = self.compose(directory.ino, self.layers[UPPER])
 
     # marks that must be on disk before the move
 

@@ -31,10 +31,15 @@ class Xattrs(Handles):
         if self.override and name == OVERRIDE_STAT:
             raise OSError(errno.ENODATA, os.strerror(errno.ENODATA))
         path, follow = self._xattr_place(node)
-        value = os.getxattr(path, self.names.to_stored(name), follow_symlinks=follow)
-        if name in ACL_NAMES:
-            value = self._owners_of(node).acl_shown(value)
-        return value
+        if name not in ACL_NAMES:
+            return os.getxattr(path, self.names.to_stored(name), follow_symlinks=follow)
+        try:
+            value = os.getxattr(path, name, follow_symlinks=follow)
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP:  # the kernel would fail every permission check
+                raise OSError(errno.ENODATA, os.strerror(errno.ENODATA)) from error
+            raise
+        return self._owners_of(node).acl_shown(value)
 
     def _listxattr(self, node: Node, caller: Caller) -> list[bytes]:
         path, follow = self._xattr_place(node)
