@@ -197,8 +197,7 @@ class Mounted:
                 return False
             if done.returncode == 0 or mount_at(os.fsencode(self.point)) is None:
                 return True
-            busy = b"busy" in done.stderr or b"already mounted" in done.stderr
-        if not busy or time.monotonic() > deadline:
+            if b"busy" not in done.stderr or time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
 
