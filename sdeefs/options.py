@@ -364,6 +364,7 @@ _TABLE: dict[str, _Change] = {
     "lower_uidmap": _map("uid_lower"),
     "lower_gidmap": _map("gid_lower"),
     "squash_overflow": _truth_setting("squash_overflow", kernel=False),
+    "unmapped_lowers": _number("unmapped_lowers", 0),
     # ours
     "transport": _text("transport"),
     "passthrough": _switch("passthrough"),

@@ -57,7 +57,7 @@ class AttributesRoom(Lookup):
             if changed is not None:
                 uid, gid, mode, device = changed
                 rdev = device or rdev
-        owners = self.upper_owners if node.layer == UPPER else self.lower_owners
+        owners = self.owners_of(node.layer)
         if not owners.identity:
             uid, gid = owners.shown(uid, gid)
         extra = node.extra

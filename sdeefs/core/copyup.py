@@ -18,7 +18,7 @@ from sdeefs.core import credentials
 from sdeefs.core.api import Later
 from sdeefs.core.attributes import AttributesRoom, set_times
 from sdeefs.core.formats import PREFIX_OPAQUE, fd_path, get_xattr, index_name, xattr_path
-from sdeefs.core.ids import ACL_NAMES, OVERRIDE_STAT, format_override
+from sdeefs.core.ids import ACL_NAMES, OVERRIDE_STAT, Owners, format_override
 from sdeefs.core.layers import FICLONE, Upper, discard
 from sdeefs.core.nodes import (
     DEAD,
@@ -123,7 +123,7 @@ class CopyUp(AttributesRoom):
         try:
             fd = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=upper.work)  # fmt: skip
             try:
-                self._dress(fd, source, fd_path(source_fd), follow=True)
+                self._dress(fd, source, fd_path(source_fd), self.owners_of(directory.layer))
                 self._set_origin(fd_path(fd), True, layer.handle(source_fd, b""))
                 if directory.flags & HIDDEN:
                     self._set_opaque(upper.work, name, must=True)
@@ -270,7 +270,7 @@ class CopyUp(AttributesRoom):
         fd, source = prepared.fd, prepared.source
         extra = node.extra
         secret = extra is not None and extra.secret
-        self._dress(fd, source, fd_path(source_fd), follow=True)
+        self._dress(fd, source, fd_path(source_fd), self.owners_of(node.layer))
         self._set_origin(fd_path(fd), True, prepared.origin)
         if secret:
             self._mark(fd_path(fd), self.names.secret, b"y", must=True)
@@ -330,12 +330,14 @@ class CopyUp(AttributesRoom):
                 if source.st_nlink > 1:
                     index = index_name(origin) if origin else None
                     origin = origin or None
-            uid, gid = self._kept_owner(source)
+            owners = self.owners_of(node.layer)
+            uid, gid = self._kept_owner(source, owners)
             os.chown(name, uid, gid, dir_fd=upper.work, follow_symlinks=False)
             target = xattr_path(upper.work, name)
             if node.kind != stat.S_IFLNK:
                 os.chmod(target, stat.S_IMODE(source.st_mode))
-            self._copy_xattrs(xattr_path(where, old) if old else fd_path(where), not old, target, False)  # fmt: skip
+            there = xattr_path(where, old) if old else fd_path(where)
+            self._copy_xattrs(there, not old, target, False, owners)
             self._set_origin(target, False, origin)
             set_times(upper.work, name, source.st_atime_ns, source.st_mtime_ns)
             made = os.stat(name, dir_fd=upper.work, follow_symlinks=False)
@@ -396,18 +398,18 @@ class CopyUp(AttributesRoom):
 
     # what a copy has of its source
 
-    def _kept_owner(self, source: os.stat_result) -> tuple[int, int]:
+    def _kept_owner(self, source: os.stat_result, owners: Owners) -> tuple[int, int]:
         """The owner of a copy, in upper's ids."""
         uid, gid = source.st_uid, source.st_gid
-        if not self.lower_owners.identity:
-            uid, gid = self.lower_owners.shown(uid, gid)
+        if not owners.identity:
+            uid, gid = owners.shown(uid, gid)
         if not self.upper_owners.identity:
             uid, gid = self.upper_owners.stored_uid(uid), self.upper_owners.stored_gid(gid)
         return uid, gid
 
-    def _dress(self, fd: int, source: os.stat_result, source_path: bytes, follow: bool) -> None:
+    def _dress(self, fd: int, source: os.stat_result, source_path: bytes, owners: Owners) -> None:
         """Owner, mode and xattrs."""
-        uid, gid = self._kept_owner(source)
+        uid, gid = self._kept_owner(source, owners)
         mode = stat.S_IMODE(source.st_mode)
         if self.override:
             text = format_override(uid, gid, mode, 0, source.st_mode)
@@ -416,14 +418,16 @@ class CopyUp(AttributesRoom):
         else:
             os.fchown(fd, uid, gid)
             os.fchmod(fd, mode)
-        self._copy_xattrs(source_path, follow, fd_path(fd), True)
+        self._copy_xattrs(source_path, True, fd_path(fd), True, owners)
 
-    def _copy_xattrs(self, source: bytes, follow: bool, target: bytes, target_follow: bool) -> None:
+    def _copy_xattrs(
+        self, source: bytes, follow: bool, target: bytes, target_follow: bool, owners: Owners
+    ) -> None:
         try:
             present = os.listxattr(source, follow_symlinks=follow)
         except OSError:
             return
-        mapped = not (self.upper_owners.identity and self.lower_owners.identity)
+        mapped = not (self.upper_owners.identity and owners.identity)
         for word in present:
             name = os.fsencode(word)
             if self.names.is_private(name) or (self.override and name == OVERRIDE_STAT):
@@ -435,7 +439,7 @@ class CopyUp(AttributesRoom):
                     continue
                 raise
             if mapped and name in ACL_NAMES:
-                value = self.upper_owners.acl_stored(self.lower_owners.acl_shown(value))
+                value = self.upper_owners.acl_stored(owners.acl_shown(value))
             try:
                 os.setxattr(target, name, value, follow_symlinks=target_follow)
             except OSError as error:

@@ -258,14 +258,14 @@ class Lookup(Secrets):
                     return False
                 st, lowers = below
             flags = 0
-            if self.secrets is not None and self._is_secret(st, fd, name):
+            if self._hides(lowers[0][0]) and self._is_secret(st, fd, name):
                 flags |= HIDDEN
             return Found(st, lowers[0][0], self.compose(st.st_ino, layer), lowers, flags)
         return False
 
     def _found_lower_file(self, fd: int, name: bytes, st: os.stat_result, layer: Layer) -> Found:
         shown = self.compose(st.st_ino, layer)
-        secret = self.secrets is not None and self._is_secret(st, fd, name)
+        secret = self._hides(layer.index) and self._is_secret(st, fd, name)
         if st.st_nlink > 1 and self.index_on:
             assert self.upper is not None
             if self.upper.index_names:
@@ -312,7 +312,7 @@ class Lookup(Secrets):
                 continue
             st, where, flags, redirect, stop = result
             if st is not None:
-                secret = self.secrets is not None and self._is_secret(st, layer.fd, where)
+                secret = self._hides(index) and self._is_secret(st, layer.fd, where)
                 if secret and (above_directory or first is not None):
                     break
                 if first is None:

@@ -19,6 +19,10 @@ _USER_OBJ, _USER, _GROUP_OBJ, _GROUP, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x08, 0x
 class Secrets(Union):
     """The room of what must not be seen."""
 
+    def _hides(self, layer: int) -> bool:
+        """Whether the rule is there, and is for this layer."""
+        return self.secrets is not None and layer > self.unmapped
+
     def _is_secret(self, st: os.stat_result, fd: int, name: bytes) -> bool:
         """Whether an object of lower may not be read by the ids of the `secrets` setting."""
         assert self.secrets is not None

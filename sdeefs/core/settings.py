@@ -56,6 +56,9 @@ class Settings:
     gid_lower: IdMap = ()
     # ids of lower that this user namespace has no name for (65534) are shown as root's: rootless
     squash_overflow: bool = False
+    # so many of the topmost lowers are stored as upper is, by the same user: the maps of lower and
+    # the secrets rule are not for them
+    unmapped_lowers: int = 0
     # ownership and special modes in `user.containers.override_stat` where chown fails (None: as needed)
     override_stat: bool | None = None
     # None: no secrets rule. Else the ids (uid, then gids) as lower stores them, that may read.

@@ -79,6 +79,7 @@ class Union:
         )
         self.upper_owners = Owners(settings.uid_upper, settings.gid_upper)
         self.lower_owners = Owners(settings.uid_lower, settings.gid_lower, settings.squash_overflow)
+        self.unmapped = settings.unmapped_lowers
         self.override = settings.override_stat is True or (
             self.upper is not None and self.upper.override
         )
@@ -91,6 +92,10 @@ class Union:
         self.open_directories = 0
         self._directories: deque[tuple[Directory, int, int]] = deque()
         self.root = self._make_root()
+
+    def owners_of(self, layer: int) -> Owners:
+        """How the ids of a layer's objects are shown."""
+        return self.upper_owners if layer <= self.unmapped else self.lower_owners
 
     def _make_root(self) -> Directory:
         lowers = []

@@ -20,7 +20,7 @@ class Xattrs(Handles):
     """The room of extended attributes."""
 
     def _owners_of(self, node: Node) -> Owners:
-        return self.upper_owners if node.layer == UPPER else self.lower_owners
+        return self.owners_of(node.layer)
 
     def _stored_name(self, name: bytes) -> bytes:
         if self.override and name == OVERRIDE_STAT:
