@@ -101,10 +101,11 @@ def _check_fits(
 
 
 def start_time(pid: int) -> int:
-    """When a process started, in ticks since boot; 0 if there is none."""
+    """When a process started, in ticks since boot; 0 if there is none, or none but its name."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as file:
-            return int(file.read().rsplit(b")", 1)[1].split()[19])
+            fields = file.read().rsplit(b")", 1)[1].split()
+        return 0 if fields[0] in (b"Z", b"X") else int(fields[19])
     except (OSError, IndexError, ValueError):
         return 0
 
@@ -345,7 +346,9 @@ def _in_maker(
             engine,
             {
                 engines.KERNEL: lambda: _kernel(made_plan.overlays, here, volatile),
-                engines.FUSE: lambda: _fuse(made_plan.overlays, here, volatile, len(maps[0]) > 1),
+                engines.FUSE: lambda: _fuse(
+                    made_plan.overlays, here, volatile, len(maps[0]) > 1, _make_mask(here)
+                ),
             },
         )
         private = {k: clone_private(v) for k, v in here.open_private(made_plan).items()}
@@ -420,9 +423,49 @@ def _kernel(points: Sequence[bytes], environment: Environment, volatile: bool) -
         raise
 
 
-def _fuse(points: Sequence[bytes], environment: Environment, volatile: bool, whole: bool) -> Merged:
-    merged = Merged(engines.FUSE)
-    words = ["squash_overflow"]
+def _make_mask(environment: Environment) -> int:
+    """A layer with stand-ins for what the user can't read and package tools need; the caller's.
+
+    As the site's masks have it, of which sdeefs wants only these.
+    """
+    from sdee_launch import stand_ins
+
+    mask = environment.directory("mask", create=0o755)
+    for path in stand_ins.known():
+        shown = os.path.join(b"/", path)
+        if os.access(shown, os.R_OK) or not os.path.lexists(shown):
+            continue
+        content = stand_ins.content(path) or b""
+        *parents, name = path.split(b"/")
+        at = os.dup(mask)
+        above = b""
+        for part in parents:
+            above += b"/" + part
+            try:
+                os.mkdir(part, 0o755, dir_fd=at)
+            except FileExistsError:
+                pass
+            below = os.open(part, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=at)
+            os.close(at)
+            at = below
+            os.fchmod(at, os.stat(above).st_mode & 0o1777)
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            fd = os.open(name, flags, 0o640, dir_fd=at)
+            os.write(fd, content)
+            os.close(fd)
+        except FileExistsError:
+            pass
+        os.close(at)
+    return mask
+
+
+def _fuse(
+    points: Sequence[bytes], environment: Environment, volatile: bool, whole: bool, mask: int
+) -> Merged:
+    merged = Merged(engines.FUSE, fds=[mask])
+    # The ids of what lower has and we have no names for are nobody's: then the others' bits count.
+    words = ["squash_overflow", "secrets=0:0"]
     if not whole:
         words.append("override_stat=on")
     if volatile:
@@ -432,7 +475,13 @@ def _fuse(points: Sequence[bytes], environment: Environment, volatile: bool, who
             found = _layers_of(point, environment, merged)
             if found is None:
                 continue
-            mount, pid, pidfd = engines.fuse_mount(found, words)
+            part = layers.part_of(mask, point)
+            own = words
+            if part is not None:
+                merged.fds.append(part)
+                found = Layers(point, (part, *found.lowers), found.upper, found.work)
+                own = [*words, "unmapped_lowers=1"]
+            mount, pid, pidfd = engines.fuse_mount(found, own)
             merged.mounts.append((point, mount))
             merged.servers.append((pid, pidfd))
         return merged

@@ -8,6 +8,7 @@ copy. Lock files and logs of package tools are shown empty.
 from __future__ import annotations
 
 import fnmatch
+import glob
 import os
 from collections.abc import Sequence
 
@@ -72,6 +73,16 @@ _MADE = {
     b"etc/gshadow-": ("etc/group-", gshadow),
     b"etc/sudoers": ("etc/passwd", _sudoers),
 }
+
+
+def known(root: str = "/") -> list[bytes]:
+    """The paths, relative to `root`, of what has a stand-in or is shown empty, if it is there."""
+    found = {path for path in _MADE if os.path.lexists(os.path.join(os.fsencode(root), path))}
+    for pattern in BLANK:
+        for path in glob.glob(os.path.join(root, pattern)):
+            if os.path.isfile(path):
+                found.add(os.fsencode(os.path.relpath(path, root)))
+    return sorted(found)
 
 
 def content(path: bytes, root: str = "/") -> bytes | None:
