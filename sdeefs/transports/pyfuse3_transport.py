@@ -39,9 +39,15 @@ log = logging.getLogger(__name__)
 
 
 class Numbers:
-    """Inode number <-> node. One number may stand for several nodes of the same file in turn."""
+    """Inode number <-> node. One number may stand for several nodes of the same file in turn.
 
-    def __init__(self) -> None:
+    `distinct`: not at the same time. With write-back the kernel believes no size and no time that
+    it is told of an inode it holds, so where the core gives a changed file another node, it has to
+    be another one for the kernel, at the price of another st_ino.
+    """
+
+    def __init__(self, distinct: bool = False) -> None:
+        self._distinct = distinct
         self._nodes: dict[int, dict[int, int]] = {}  # number -> node -> look-ups, oldest first
         self._number_of: dict[int, int] = {ROOT_NODE: ROOT_NODE}
 
@@ -51,7 +57,9 @@ class Numbers:
             return ROOT_NODE
         number = self._number_of.get(node)
         if number is None:
-            number = ino if ino > ROOT_NODE else node | 1 << 63
+            number = ino
+            if ino <= ROOT_NODE or (self._distinct and ino in self._nodes):
+                number = node | 1 << 63
             self._number_of[node] = number
         nodes = self._nodes.setdefault(number, {})
         nodes[node] = nodes.pop(node, 0) + 1
@@ -102,7 +110,7 @@ class _Handlers(pyfuse3.Operations):
         self.enable_acl = options.acl
         self.core = operations
         self.flushes = options.flush
-        self.numbers = Numbers()
+        self.numbers = Numbers(distinct=options.writeback)
         self.counts: dict[str, int] = {}
 
     # Helpers
