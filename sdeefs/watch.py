@@ -197,6 +197,8 @@ class Watch:
         if child is not None:
             only = not event.mask & syscalls.FAN_MODIFY
             words[(child, None, only)] = None
+            if not only and self._filesystem.writeback:
+                words[(number, event.name, False)] = None  # the kernel has to look it up again
 
     def _child(self, number: int, name: bytes) -> int | None:
         with self._filesystem.lock:

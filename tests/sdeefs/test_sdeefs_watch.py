@@ -25,12 +25,21 @@ def text(path: Path) -> str | None:
         return None
 
 
-@pytest.mark.parametrize("transport", ["device", "pyfuse3", "ring"])
 @pytest.mark.parametrize("watch", ["on", "off"])
-def test_changes_of_lower_are_seen(lab: Lab, transport: str, watch: str) -> None:
+@pytest.mark.parametrize(
+    ("transport", "path"),
+    [
+        ("device", "passthrough=on"),
+        ("device", "writeback=on"),
+        ("ring", "passthrough=on"),
+        ("ring", "writeback=on"),
+        ("pyfuse3", "writeback=auto"),  # see Session._transport_options
+    ],
+)
+def test_changes_of_lower_are_seen(lab: Lab, transport: str, watch: str, path: str) -> None:
     lower, merged = lab.lower, lab.merged
     (lower / "dir" / "deep").mkdir()
-    lab.mount("--transport", transport, "-o", f"watch={watch},writeback=off")
+    lab.mount("--transport", transport, "-o", f"watch={watch},{path}")
     told = lab.status()["watched"]
     assert (told is not None and int(str(told)) >= 1) == (watch == "on")
     # Everything that changes below has been asked for before, and is cached.
