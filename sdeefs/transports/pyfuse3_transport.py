@@ -112,6 +112,10 @@ class _Handlers(pyfuse3.Operations):
         self.flushes = options.flush
         self.numbers = Numbers(distinct=options.writeback)
         self.counts: dict[str, int] = {}
+        # pyfuse3 doesn't say through which handle fstat(2) asks; any of the file's will do, and is
+        # all there is of a file whose name has gone.
+        self.open_handles: dict[int, list[int]] = {}
+        self.number_of_handle: dict[int, int] = {}
 
     # Helpers
 
@@ -163,8 +167,9 @@ class _Handlers(pyfuse3.Operations):
         entry.st_ino = number
         return self._fill(entry, *answer)
 
-    @staticmethod
-    def _opened(opened: Opened) -> Any:
+    def _opened(self, number: int, opened: Opened) -> Any:
+        self.open_handles.setdefault(number, []).append(opened.handle)
+        self.number_of_handle[opened.handle] = number
         return pyfuse3.FileInfo(
             fh=opened.handle, direct_io=opened.io is Io.DIRECT, keep_cache=opened.keep_cache
         )
@@ -241,8 +246,9 @@ class _Handlers(pyfuse3.Operations):
     # Attributes
 
     async def getattr(self, inode: int, ctx: Any) -> Any:
+        handle = self.open_handles.get(inode, (0,))[0]
         return self._attributes(
-            inode, await self._call("getattr", self.core.getattr, self._node(inode))
+            inode, await self._call("getattr", self.core.getattr, self._node(inode), handle)
         )
 
     async def setattr(self, inode: int, attr: Any, fields: Any, fh: int | None, ctx: Any) -> Any:
@@ -275,7 +281,7 @@ class _Handlers(pyfuse3.Operations):
 
     async def open(self, inode: int, flags: int, ctx: Any) -> Any:
         return self._opened(
-            await self._call("open", self.core.open, self._node(inode), flags, _caller(ctx))
+            inode, await self._call("open", self.core.open, self._node(inode), flags, _caller(ctx))
         )
 
     async def create(self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: Any) -> Any:
@@ -283,7 +289,8 @@ class _Handlers(pyfuse3.Operations):
             "create", self.core.create, self._node(parent_inode), name, mode, flags, ctx.umask,
             _caller(ctx),
         )  # fmt: skip
-        return self._opened(opened), self._entry(entry)
+        made = self._entry(entry)
+        return self._opened(made.st_ino, opened), made
 
     async def read(self, fh: int, off: int, size: int) -> bytes:
         return await self._call("read", self.core.read, fh, off, size)  # type: ignore[no-any-return]
@@ -297,6 +304,10 @@ class _Handlers(pyfuse3.Operations):
         await self._call("flush", self.core.flush, fh)
 
     async def release(self, fh: int) -> None:
+        number = self.number_of_handle.pop(fh)
+        self.open_handles[number].remove(fh)
+        if not self.open_handles[number]:
+            del self.open_handles[number]
         await self._call("release", self.core.release, fh)
 
     async def fsync(self, fh: int, datasync: bool) -> None:
