@@ -37,6 +37,12 @@ HOST_PATHS = (
     "/run/munge", "/run/nvidia-persistenced", "/run/nvidia-fabricmanager", "/var/lib/sss/pipes",
     "/var/lib/sss/mc",
 )  # fmt: skip
+#: What is mounted here or below is no part of the system, and not there.
+NOT_THERE = (
+    "/boot", "/efi", "/mnt", "/media", "/snap", "/var/tmp", "/var/lib/docker",
+    "/var/lib/containerd", "/var/lib/containers", "/var/lib/kubelet", "/var/lib/machines",
+    "/var/lib/sdee", "/var/snap",
+)  # fmt: skip
 #: Covered inside.
 MASKED = (
     "/proc/kcore", "/proc/keys", "/proc/timer_list", "/proc/sched_debug", "/proc/latency_stats",
@@ -59,7 +65,7 @@ class Settings:
     shared: tuple[str, ...] = ()
     shared_types: tuple[str, ...] = SHARED_TYPES
     system_types: tuple[str, ...] = SYSTEM_TYPES
-    not_there: tuple[str, ...] = ("/boot", "/efi")
+    not_there: tuple[str, ...] = NOT_THERE
     homes: tuple[str, ...] = ("/home",)  # directories of homes: others' are hidden
     host_paths: tuple[str, ...] = HOST_PATHS
     masked: tuple[str, ...] = MASKED
