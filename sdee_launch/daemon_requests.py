@@ -253,6 +253,7 @@ def describe(record: Record) -> dict[str, object]:
         "job": record.job,
         "since": record.made_at,
         "init": record.init.pid,
+        "servers": [server.pid for server in record.servers],
         "processes": [p for p in map(_process, instances.members(record.init)) if p],
     }
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import signal
 import socket
 import sys
@@ -99,7 +100,17 @@ def _template(sock: socket.socket) -> None:
 
 
 def _keeper(sock: socket.socket) -> None:
+    wake, woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    signal.signal(signal.SIGCHLD, lambda *_: None)  # the wake-up tells
+    signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
     while True:
+        # Inits of instances are children of this process: none may stay as a zombie.
+        ready, _, _ = select.select([sock, wake], [], [])
+        if wake in ready:
+            os.read(wake, 4096)
+            _reap()
+        if sock not in ready:
+            continue
         try:
             got = receive(sock)
         except ConnectionError:
@@ -107,13 +118,14 @@ def _keeper(sock: socket.socket) -> None:
         if got is None:
             return
         message, fds = got
-        _reap()
         with socket.socket(fileno=fds[0]) as answer_to:
             if message["do"] == "make":
                 _answer(answer_to, make, message, fds[1:])
             elif not os.fork():
                 try:
                     sock.close()
+                    signal.set_wakeup_fd(-1)
+                    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                     os.setsid()
                     _answer(answer_to, call, message, fds[1:])
                 finally:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import pty
+import pwd
 import select
 import shutil
 import signal
@@ -64,13 +64,14 @@ def configuration(text: str) -> Iterator[None]:
 @contextlib.contextmanager
 def login_shell(shell: str, *users: User) -> Iterator[None]:
     """Accounts with this login shell, and logins allowed without a password."""
-    for user in users:
-        _run(["usermod", "-s", shell, "-p", "*", user.name])
+    before = {user.name: pwd.getpwnam(user.name).pw_shell for user in users}
+    for name in before:
+        _run(["usermod", "-s", shell, "-p", "*", name])
     try:
         yield
     finally:
-        for user in users:
-            _run(["usermod", "-s", "/bin/bash", user.name])
+        for name, old in before.items():
+            _run(["usermod", "-s", old, name])
 
 
 def _run(words: list[str]) -> None:
@@ -323,6 +324,16 @@ class Node:
             if process.stdout is not None:
                 process.stdout.close()
 
+    def servers(self, user: User) -> list[int]:
+        """The servers of sdeefs that serve this user."""
+        found: list[int] = []
+        for item in self.daemon.instances():
+            servers = item["servers"]
+            assert isinstance(servers, list)
+            if item["uid"] == user.uid:
+                found += servers
+        return found
+
     def end(self, user: User) -> None:
         """No instance of this user lives any more."""
         for item in self.daemon.instances():
@@ -359,9 +370,7 @@ class Node:
 
     def upper(self, user: User) -> Path:
         """Where the host has the upper of the user's default environment."""
-        done = self.as_host(user, [SDEE, "env", "info", "--json", "default"])
-        assert done.returncode == 0, done.stderr
-        return Path(json.loads(done.stdout)["upper"])
+        return user.home / ".local/share/sdee/environments/default/upper"
 
 
 @contextlib.contextmanager
@@ -371,9 +380,50 @@ def login_node(engine: str, *users: User, extra: str = "") -> Iterator[Node]:
         directory = Path(name)
         directory.chmod(0o755)
         with (
-            configuration(f'engine = "{engine}"\n'),
+            configuration(f'[environments]\nengine = "{engine}"\n'),
             login_shell(LOGIN, *users),
             node_daemon(directory) as daemon,
             running_sshd(directory / "sshd", *users, extra=extra) as sshd,
         ):
             yield Node(daemon, sshd, engine)
+
+
+PIP = (
+    "if command -v pip3 >/dev/null; then pip3 install --break-system-packages --no-index {0}; else "
+    "PYTHONPATH=$(ls -d /usr/share/python-wheels/pip-*.whl) python3 -m pip install "
+    "--break-system-packages --no-index {0}; fi"
+)
+
+
+def the_scenario(node: Node, alice: User, bob: User, tmp_path: Path, name: str) -> None:
+    """The issue's: log in, be root, install, log out, log in and find it; nobody else sees it."""
+    package, wheel = build_deb(tmp_path, f"{name}-pack"), build_wheel(tmp_path, f"{name}_wheel")
+    assert node.say(alice, "id -u; whoami; echo $HOME; echo $USER") .split() == [
+        "0", "root", str(alice.home), alice.name,
+    ]  # fmt: skip
+    options = [x if x != "-p" else "-P" for x in node.sshd.options(alice)]
+    subprocess.run(
+        ["scp", *options, "-P", str(node.sshd.port), str(package), str(wheel),
+         f"{alice.name}@127.0.0.1:/opt/"],
+        check=True, timeout=120, capture_output=True,
+    )  # fmt: skip
+    node.sshd.say(
+        alice, f"DEBIAN_FRONTEND=noninteractive apt-get install -y /opt/{package.name} 2>&1", 120
+    )
+    node.sshd.say(alice, PIP.format(f"/opt/{wheel.name}") + " 2>&1", 120)
+    node.say(alice, f"echo changed >> /etc/{name}-pack.conf; rm /etc/motd 2>/dev/null; true")
+    node.end(alice)
+    assert node.daemon.instances() == []
+    assert node.say(alice, f"{name}-pack") == f"{name}-pack runs"
+    assert (
+        node.say(alice, f"python3 -c 'import {name}_wheel as w; print(w.hello())'") == "wheel runs"
+    )
+    assert "ii" in node.say(alice, f"dpkg -l {name}-pack | tail -1")
+    # The host, and the other user, have nothing of it.
+    assert not Path(f"/usr/bin/{name}-pack").exists()
+    assert subprocess.run(
+        ["dpkg", "-s", f"{name}-pack"], capture_output=True, check=False
+    ).returncode
+    assert node.sshd.run(bob, f"{name}-pack").returncode == 127
+    assert node.sshd.run(bob, f"ls /usr/bin/{name}-pack /opt/{package.name}").returncode != 0
+    node.say(alice, f"dpkg --purge {name}-pack; rm -f /opt/{package.name} /opt/{wheel.name}")
