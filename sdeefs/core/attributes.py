@@ -10,6 +10,7 @@ import stat
 from sdeefs.core.api import NOW, Attributes, Caller, Entry, SetAttributes
 from sdeefs.core.formats import fd_path, get_xattr, parse_nlink
 from sdeefs.core.ids import OVERRIDE_STAT, format_override, parse_override
+from sdeefs.core.layers import INDEX_NLINK
 from sdeefs.core.lookup import Found, Lookup
 from sdeefs.core.nodes import DEAD, HIDDEN, UPPER, Directory, Node
 
@@ -67,8 +68,6 @@ class AttributesRoom(Lookup):
                 nlink = 0
             elif node.lowers and (node.layer == UPPER or len(node.lowers) > 1):
                 nlink = 1
-        elif extra is not None and extra.fd >= 0 and extra.index is None and node.layer != UPPER:
-            nlink = 0
         elif extra is not None and extra.index is not None:
             nlink = self._indexed_nlink(node, nlink)
         return _new(
@@ -90,10 +89,21 @@ class AttributesRoom(Lookup):
         """The links in merged of an inode of the index: overlay.nlink is relative to one side."""
         extra = node.extra
         assert extra is not None and extra.index is not None
-        path, follow = self._xattr_place(node)
-        value = get_xattr(path, self.names.nlink, follow)
+        value = self._read_nlink(node)
         links = parse_nlink(value, nlink, extra.lower_nlink) if value is not None else None
         return links if links is not None else max(nlink - 1, 1)
+
+    def _read_nlink(self, node: Node) -> bytes | None:
+        """overlay.nlink of an inode of the index."""
+        upper, extra = self.upper, node.extra
+        assert upper is not None and extra is not None and extra.index is not None
+        if not upper.xattrs:
+            try:
+                return os.readlink(extra.index + INDEX_NLINK, dir_fd=upper.index)
+            except OSError:
+                return None
+        path, follow = self._xattr_place(node)
+        return get_xattr(path, self.names.nlink, follow)
 
     # answers
 

@@ -19,7 +19,7 @@ from sdeefs.core.api import Later
 from sdeefs.core.attributes import AttributesRoom, set_times
 from sdeefs.core.formats import PREFIX_OPAQUE, fd_path, get_xattr, index_name, xattr_path
 from sdeefs.core.ids import ACL_NAMES, OVERRIDE_STAT, Owners, format_override
-from sdeefs.core.layers import FICLONE, Upper, discard
+from sdeefs.core.layers import FICLONE, INDEX_NLINK, Upper, discard
 from sdeefs.core.nodes import (
     DEAD,
     HIDDEN,
@@ -356,8 +356,12 @@ class CopyUp(AttributesRoom):
         assert index is not None
         extra = node.more()
         extra.lower_nlink = prepared.source.st_nlink
-        path = xattr_path(upper.work, name)
-        self._mark(path, self.names.nlink, b"U%+d" % (prepared.source.st_nlink - 1), must=True)
+        links = b"U%+d" % (prepared.source.st_nlink - 1)
+        if upper.xattrs:
+            self._mark(xattr_path(upper.work, name), self.names.nlink, links, must=True)
+        else:
+            self._link_nlink(upper, index, links)
+            upper.index_inodes[made.st_ino] = index
         os.rename(name, index, src_dir_fd=upper.work, dst_dir_fd=upper.index)
         upper.index_names.add(index)
         extra.index = index
@@ -393,8 +397,18 @@ class CopyUp(AttributesRoom):
             value = b"L%+d" % (shown - extra.lower_nlink)
         else:
             value = b"U%+d" % (shown - st.st_nlink)
+        upper = self._writable()
+        if not upper.xattrs:
+            self._link_nlink(upper, extra.index, value)
+            return
         path, follow = self._xattr_place(node)
         self._mark(path, self.names.nlink, value, must=True, follow=follow)
+
+    @staticmethod
+    def _link_nlink(upper: Upper, index: bytes, value: bytes) -> None:
+        name = upper.temporary()
+        os.symlink(value, name, dir_fd=upper.work)
+        os.rename(name, index + INDEX_NLINK, src_dir_fd=upper.work, dst_dir_fd=upper.index)
 
     # what a copy has of its source
 

@@ -26,7 +26,7 @@ from sdeefs.core.listing import OpenDirectory
 from sdeefs.core.nodes import UPPER, Directory, Node
 from sdeefs.core.settings import Settings
 from sdeefs.core.union import stale
-from sdeefs.core.xattrs import Xattrs
+from sdeefs.core.xattrs import CAPABILITY, Xattrs
 
 
 class _Open:
@@ -368,12 +368,26 @@ class Filesystem(Xattrs):
         kill_sgid: bool = False,
     ) -> None | Later[None]:
         """setxattr(2)."""
+        if name == CAPABILITY and self.writeback and self._is_written(node):
+            return Later(lambda: self._set_capability(node, value, flags))
         try:
             with self.lock:
                 self._setxattr(self._node(node), name, value, flags, kill_sgid)
                 return None
         except SlowCopyUp as slow:
             return self._later(slow, self._setxattr, slow.node, name, value, flags, kill_sgid)
+
+    def _is_written(self, node: int) -> bool:
+        found = self.table.nodes.get(node)
+        extra = found.extra if found is not None else None
+        return extra is not None and any(file.writable for file in extra.handles)
+
+    def _set_capability(self, node: int, value: bytes, flags: int) -> None:
+        """What the kernel has yet to write back comes first: each write takes capabilities away."""
+        if self.kernel is not None:
+            self.kernel.invalidate_inode(node)
+        with self.lock:
+            self._setxattr(self._node(node), CAPABILITY, value, flags, False)
 
     def getxattr(self, node: int, name: bytes, caller: Caller) -> bytes:
         """getxattr(2)."""

@@ -21,6 +21,8 @@ FS_IOC_GETFSUUID = 0x80111500  # Linux >= 6.9: struct fsuuid2 {len, uuid[16]}
 EXT4_IOC_GETFSUUID = 0x8008662C
 FICLONE = 0x40049409
 _NO_UUID = bytes(16)
+#: Beside a name in the index, where there are no xattrs: a link whose target is overlay.nlink.
+INDEX_NLINK = b".nlink"
 _WALK = syscalls.RESOLVE_BENEATH | syscalls.RESOLVE_NO_SYMLINKS | syscalls.RESOLVE_NO_MAGICLINKS
 
 
@@ -172,6 +174,7 @@ class Upper:
         self.work = self.work_root = self.index = -1
         self.serial = 0
         self.index_names: set[bytes] = set()
+        self.index_inodes: dict[int, bytes] = {}  # without xattrs: what an inode is in the index
         self.whiteouts = WhiteoutForm.CHARDEV
         self.xattrs = not settings.noxattr
         self.rename_whiteout = False
@@ -198,10 +201,20 @@ class Upper:
             )
         self.work = self._subdirectory(b"work")
         empty_directory(self.work)
-        if settings.index and self.xattrs:
-            self.index = self._subdirectory(b"index")
-            self.index_names = set(map(os.fsencode, os.listdir(_readable(self.index))))
         self._probe(settings)
+        if settings.index:
+            self._open_index()
+
+    def _open_index(self) -> None:
+        """work/index: the inodes of upper that stand for hard-linked ones of lower, by origin."""
+        self.index = self._subdirectory(b"index")
+        names = [name for name in names_in(self.index) if not name.endswith(INDEX_NLINK)]
+        self.index_names = set(names)
+        if self.xattrs:
+            return
+        for name in names:
+            st = os.stat(name, dir_fd=self.index, follow_symlinks=False)
+            self.index_inodes[st.st_ino] = name
 
     def _subdirectory(self, name: bytes) -> int:
         try:
@@ -291,17 +304,6 @@ class Upper:
                 os.close(fd)
         self.index = self.work = self.work_root = -1
         self.layer.close()
-
-
-class _Listing(int):
-    """A readable descriptor that closes itself: for os.listdir."""
-
-    def __del__(self) -> None:
-        os.close(self)
-
-
-def _readable(path_fd: int) -> int:
-    return _Listing(os.open(b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=path_fd))
 
 
 def names_in(path_fd: int) -> list[bytes]:

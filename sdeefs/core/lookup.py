@@ -69,6 +69,9 @@ class Lookup(Secrets):
             except FileNotFoundError:
                 if self.prefixes and self._has_prefix_whiteout(fd, name):
                     return True
+            except OSError as error:
+                if error.errno != errno.ENAMETOOLONG or len(name) > self.name_max:
+                    raise
             else:
                 mode = st.st_mode
                 if mode & 0o170000 == stat.S_IFDIR:
@@ -174,24 +177,28 @@ class Lookup(Secrets):
         lower_nlink = 0
         index = None
         layer = self.layers[0]
-        if parent.lowers or parent.flags & IMPURE or st.st_nlink > 1:
+        if self.upper is not None and self.upper.index_inodes and st.st_nlink > 1:
+            index = self.upper.index_inodes.get(st.st_ino)
+            if index is not None:
+                shown, lower_nlink, _ = self._origin(bytes.fromhex(index.decode()), st)
+        elif parent.lowers or parent.flags & IMPURE or st.st_nlink > 1:
             path = xattr_path(fd, name)
             present = self._overlay_xattrs(path)
             if present:
                 words = {os.fsencode(word) for word in present}
                 secret = self.names.secret in words
                 if self.names.origin in words:
-                    shown, lower_nlink, index = self._origin(path, st)
+                    value = get_xattr(path, self.names.origin)
+                    shown, lower_nlink, index = self._origin(value or b"", st)
         return Found(
             st, UPPER, shown or self.compose(st.st_ino, layer),
             in_index=index, secret=secret, lower_nlink=lower_nlink,
         )  # fmt: skip
 
-    def _origin(self, path: bytes, st: os.stat_result) -> tuple[int, int, bytes | None]:
+    def _origin(self, value: bytes, st: os.stat_result) -> tuple[int, int, bytes | None]:
         """(st_ino, links in lower, name in the index) of what an object was copied up from."""
-        value = get_xattr(path, self.names.origin)
-        decoded = decode_handle(value) if value else None
-        if value is None or decoded is None:
+        decoded = decode_handle(value)
+        if decoded is None:
             return 0, 0, None
         uuid, handle = decoded
         index = None
@@ -240,6 +247,8 @@ class Lookup(Secrets):
                     return False
                 continue
             except OSError as error:
+                if error.errno == errno.ENAMETOOLONG and len(name) <= self.name_max:
+                    continue
                 if error.errno in (errno.EXDEV, errno.ESTALE):
                     continue  # another mount's place, or replaced under us: nothing is there
                 raise

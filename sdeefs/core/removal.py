@@ -10,7 +10,7 @@ from mount_helpers import syscalls
 from sdeefs.core import credentials
 from sdeefs.core.creation import Creation
 from sdeefs.core.formats import PREFIX, fd_path
-from sdeefs.core.layers import Upper, discard, names_in
+from sdeefs.core.layers import INDEX_NLINK, Upper, discard, names_in
 from sdeefs.core.lookup import Found
 from sdeefs.core.nodes import DEAD, OPAQUE, UPPER, XWHITEOUTS, Directory, Node
 from sdeefs.core.settings import WhiteoutForm
@@ -89,9 +89,8 @@ class Removal(Creation):
         extra = node.extra
         assert extra is not None and extra.index is not None and self.upper is not None
         st = self._stat(node)
-        path, follow = self._xattr_place(node)
         try:
-            value = os.getxattr(path, self.names.nlink, follow_symlinks=follow)
+            value = self._read_nlink(node) or b""
             links = (st.st_nlink if value[:1] == b"U" else extra.lower_nlink) + int(value[1:])
         except (OSError, ValueError):
             links = st.st_nlink - 1
@@ -101,6 +100,9 @@ class Removal(Creation):
         held = os.open(extra.index, flags, dir_fd=self.upper.index)
         os.unlink(extra.index, dir_fd=self.upper.index)
         self.upper.index_names.discard(extra.index)
+        if not self.upper.xattrs:
+            self.upper.index_inodes.pop(node.ino, None)
+            discard(self.upper.index, extra.index + INDEX_NLINK)
         extra.index = None
         extra.fd = held
 

@@ -134,7 +134,7 @@ class Renames(Removal):
             if isinstance(node, Directory):
                 self._copy_up_tree(node)
             else:
-                self._copy_up(node)
+                self._copy_up_named(node, directory, name)
         parent = directory.parent
         if directory.lowers and parent is not None:
             fd = self._upper_fd(parent)

@@ -66,6 +66,7 @@ class Union:
             self.layers[index] = open_lower(index, path)
         if not self.layers:
             raise OSError(errno.EINVAL, "a mount needs at least one lower or an upper")
+        self.name_max = max(os.fstatvfs(layer.fd).f_namemax for layer in self.layers.values())
         give_file_system_ids(list(self.layers.values()))
         self.layers[max(self.layers)].last = True
         self.writable = self.upper is not None and not self.upper.read_only

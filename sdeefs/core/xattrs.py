@@ -14,6 +14,7 @@ from sdeefs.core.nodes import ACL_DEFAULT as HAS_DEFAULT_ACL
 from sdeefs.core.nodes import ACL_KNOWN, UPPER, Directory, Node
 
 _TRUSTED = b"trusted."
+CAPABILITY = b"security.capability"
 
 
 class Xattrs(Handles):
