@@ -161,15 +161,9 @@ class Session:
         passthrough = options.passthrough is not False and not (
             options.passthrough is None and options.writeback
         )
-        writeback = options.writeback is not False
-        if options.writeback is None and options.transport == "pyfuse3":
-            # With write-back the kernel believes no new size of a file it knows. The core gives a
-            # file of lower that was changed in place a new node; but pyfuse3 knows a node by its
-            # st_ino, which stays.
-            writeback = False
         made = TransportOptions(
             passthrough=passthrough,
-            writeback=writeback,
+            writeback=options.writeback is not False,
             max_stack_depth=2 if self._stacked() else 1,
         )
         return made if options.threads is None else replace(made, threads=options.threads)

@@ -33,7 +33,8 @@ def text(path: Path) -> str | None:
         ("device", "writeback=on"),
         ("ring", "passthrough=on"),
         ("ring", "writeback=on"),
-        ("pyfuse3", "writeback=auto"),  # see Session._transport_options
+        ("pyfuse3", "writeback=on"),
+        ("pyfuse3", "writeback=off"),
     ],
 )
 def test_changes_of_lower_are_seen(lab: Lab, transport: str, watch: str, path: str) -> None:
