@@ -384,8 +384,9 @@ class Filesystem(Xattrs):
 
     def _set_capability(self, node: int, value: bytes, flags: int) -> None:
         """What the kernel has yet to write back comes first: each write takes capabilities away."""
-        if self.kernel is not None:
-            self.kernel.invalidate_inode(node)
+        write_back = getattr(self.kernel, "write_back", None)
+        if write_back is not None:
+            write_back(node)
         with self.lock:
             self._setxattr(self._node(node), CAPABILITY, value, flags, False)
 

@@ -127,6 +127,8 @@ class Listing(CopyUp):
         seen: set[bytes] = set()
         if directory.layer == UPPER:
             unknown = bool(lowers) or bool(directory.flags & IMPURE)
+            if self.upper is not None and self.upper.index_inodes:
+                unknown = True
             for name, ino, kind, whiteout in self._scan(0, self._upper_fd(directory), unknown):
                 if several:
                     seen.add(name)

@@ -115,6 +115,10 @@ class Connection:
             if count
         }
 
+    def write_back(self, node: int) -> None:
+        """Wait until the kernel has written back a file's dirty pages."""
+        self._notifier.write_back(node)
+
     def invalidate_inode(self, node: int, attributes_only: bool = False) -> None:
         self._notifier.invalidate_inode(node, attributes_only)
 
@@ -207,6 +211,9 @@ class Connection:
         aborts the connection if it is still there."""
         with self._ending:
             self._over.set()
+        # Where it may, before the descriptors are closed: a notification that waits in the kernel
+        # for a request that nobody answers any more holds the device open.
+        abort_connection(self._fd)
         ended = self._workers.end(5)
         # A thread of ours that hangs may still use a number: it must not become another file's.
         nothing = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)

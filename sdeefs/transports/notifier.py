@@ -3,6 +3,9 @@
 Invalidating a name takes the lock of its directory in the kernel, which a request under way may
 hold: the thread that serves that request must never wait for it. So whoever asks only leaves word
 here. What is asked twice before it was done is done once.
+
+If the server is killed while this thread waits so, in an uninterruptible sleep, the process can't end
+and its mount hangs until the connection is aborted (`umount --force`, `sdeefs umount`).
 """
 
 from __future__ import annotations
@@ -36,6 +39,11 @@ class Notifier:
 
     def invalidate_entry(self, parent: int, name: bytes) -> None:
         self._add((parent, name, False))
+
+    def write_back(self, node: int) -> None:
+        """Have the kernel write back (and drop) a file's pages, and wait for it: only for worker
+        threads, since the writes are requests of this mount."""
+        self._write(wire.inval_inode(node, 0, 0))
 
     def end(self, timeout: float = 5.0) -> bool:
         """Drop what waits and end the thread; the connection must be gone by now, or a
