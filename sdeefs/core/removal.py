@@ -226,7 +226,8 @@ class Removal(Creation):
             try:
                 os.fchown(fresh, st.st_uid, st.st_gid)
                 os.fchmod(fresh, stat.S_IMODE(st.st_mode))
-                self._set_opaque(upper.work, temporary, must=bool(node.lowers))
+                if not self.prefixes:  # that form's mark is a file: the directory must be empty
+                    self._set_opaque(upper.work, temporary, must=bool(node.lowers))
             finally:
                 os.close(fresh)
             syscalls.renameat2(
