@@ -51,13 +51,15 @@ def run(arguments: argparse.Namespace) -> int:
     return status
 
 
-def unmount(merged: bytes, *, lazy: bool = False, force: bool = False, wait: float = 20) -> None:
+def unmount(merged: bytes, *, lazy: bool = False, force: bool = False, wait: float = 10) -> None:
     """Unmount one. Raises Refused or OSError."""
     point = absolute(merged)
     mount = mount_at(point)
     if mount is None and os.path.islink(point):
         point = os.path.realpath(point)
         mount = mount_at(point)
+    if mount is None and force and _end_elsewhere(point):
+        return
     if mount is None:
         raise Refused(f"{text(point)}: nothing is mounted there")
     if not _ours(mount):
@@ -145,19 +147,35 @@ def _end(server: int) -> None:
         os.close(server)
 
 
+def _end_elsewhere(point: bytes) -> bool:
+    """End servers whose mount is gone from here but lives on in other mount namespaces."""
+    from mount_helpers.fuse import abort_connection
+    from sdeefs.control import records
+
+    found = False
+    for record in records():
+        server = _pidfd(record) if record.get("merged") == os.fsdecode(point) else None
+        if server is None:
+            continue
+        found = True
+        try:
+            abort_connection(int(record["minor"]))
+        except OSError:
+            pass  # not permitted: the end of its server does the same
+        _end(server)
+    return found
+
+
 def _wait(server: int, seconds: float, point: bytes) -> None:
     """Until the server has ended. One that keeps a moved or copied mount alive is left to it."""
-    from mount_helpers.mountinfo import read_mounts
-
     try:
         ready = select.select([server], [], [], seconds)[0] if seconds else [server]
         if not ready and mount_at(point) is None:
             import sys
 
-            others = sum(m.fstype == OUR_TYPE for m in read_mounts())
             print(
-                f"sdeefs umount: {text(point)}: its server still runs ({others} sdeefs mounts are"
-                " here; another mount namespace may hold this one)",
+                f"sdeefs umount: {text(point)}: its server still runs: another mount namespace"
+                " has a copy of the mount (--force ends it there too)",
                 file=sys.stderr,
             )
     finally:

@@ -246,3 +246,25 @@ def test_a_mount_over_its_own_lower(lab: Lab) -> None:
         assert os.listdir(upper) == ["new"]
     finally:
         lab.sdeefs("umount", merged)
+
+
+def test_a_copy_in_another_mount_namespace_is_told_of(lab: Lab) -> None:
+    lab.mount()
+    pid = lab.pid()
+    keeper = subprocess.Popen(
+        ["unshare", "--mount", "--propagation", "private", "sh", "-c", "echo; exec sleep 1000"],
+        stdout=subprocess.PIPE,
+    )
+    try:
+        assert keeper.stdout is not None and keeper.stdout.readline() == b"\n"
+        said = lab.sdeefs("umount", lab.merged)
+        assert "another mount namespace" in said.stderr
+        assert alive(pid)
+        lab.sdeefs("umount", "--force", lab.merged)
+        lab.ended(pid)
+        lab.sdeefs("umount", "--force", lab.merged, status=1)
+    finally:
+        keeper.kill()
+        keeper.wait(10)
+        assert keeper.stdout is not None
+        keeper.stdout.close()
