@@ -35,6 +35,7 @@ __all__ = [
     "Server",
     "UsageError",
     "parse",
+    "receive_server",
     "run_server",
     "serve_at",
     "start_server",
