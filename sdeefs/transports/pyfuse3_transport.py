@@ -31,7 +31,7 @@ from sdeefs.core.api import (
     Operations,
     SetAttributes,
 )
-from sdeefs.transports.connection import error_number
+from sdeefs.transports.connection import abort_connection, error_number
 from sdeefs.transports.notifier import Notifier
 from sdeefs.transports.transport import PLAIN, WRITEBACK, TransportOptions
 
@@ -420,6 +420,7 @@ class Pyfuse3Transport:
             trio.run(self._serve)
         finally:
             self._connected = False
+            abort_connection(self._fd)
             pyfuse3.close(unmount=False)
             self._notifier.end()
             os.close(self._notifier.device)

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
@@ -39,6 +40,15 @@ def main() -> None:
     server.negotiate()
     print(json.dumps(["live", server.name, server.data_path]), flush=True)
 
+    def storm() -> None:
+        """Invalidations without end, of what is in use."""
+        while True:
+            for name in os.listdir(source):
+                server.invalidate_entry(1, os.fsencode(name))
+            for node in list(mirror.nodes):
+                server.invalidate_inode(node)
+            time.sleep(0.0005)
+
     def obey() -> None:
         for line in sys.stdin:
             word, *arguments = json.loads(line)
@@ -52,6 +62,9 @@ def main() -> None:
                 answer = [repr(call) for call in mirror.calls]
             elif word == "nodes":
                 answer = [len(mirror.nodes), len(mirror.handles)]
+            elif word == "storm":
+                threading.Thread(target=storm, daemon=True).start()
+                answer = None
             elif word == "invalidate_inode":
                 answer = server.invalidate_inode(*arguments)
             elif word == "invalidate_entry":
