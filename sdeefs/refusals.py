@@ -167,7 +167,7 @@ def _lock(path: bytes) -> int | None:
     return fd
 
 
-def lock_layers(options: Options, patience: float = 5.0) -> list[int]:
+def lock_layers(options: Options, patience: float = 10.0) -> list[int]:
     """Hold upper and workdir for one mount; returns descriptors that are the locks.
 
     A server whose mount is gone needs a moment to end: that long we wait. Raises Refused.

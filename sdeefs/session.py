@@ -11,6 +11,7 @@ import errno
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from typing import TYPE_CHECKING, Any
@@ -250,8 +251,12 @@ class Session:
 
     def run(self) -> int:
         """Wait until the mount is gone, whoever takes it away; returns the exit status."""
+        # Importing trio takes a tenth of a second, in which the first requests mustn't wait for us.
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(0.0002)
         import trio
 
+        sys.setswitchinterval(interval)
         trio.run(self._beside)
         return 0 if self._failure is None else 1
 
