@@ -529,3 +529,34 @@ def test_without_privileges_by_fusermount(transport: str, alice: object, tmp_pat
         )  # fmt: skip
         assert (done.returncode, done.stdout) == (0, "text\n"), done.stderr
         assert os.stat(source / "made").st_uid == uid
+
+
+@pytest.mark.parametrize("transport", ["device", "ring", "pyfuse3"])
+def test_in_a_user_namespace(transport: str, alice: object) -> None:
+    """Root of a user namespace mounts by itself, without passthrough."""
+    uid, gid, home = alice.uid, alice.gid, alice.home  # type: ignore[attr-defined]
+    source, root = home / f"ns-source-{transport}", home / f"ns-root-{transport}"
+    for path in (source, root):
+        path.mkdir(exist_ok=True)
+        os.chown(path, uid, gid)
+    user = ("setpriv", "--reuid", str(uid), "--regid", str(gid), "--clear-groups", "--")
+    with mirror(source, root, transport, command=(*user, "unshare", "-Urm")) as server:
+        assert server.data_path == "writeback"
+        enter = [
+            *user,
+            "nsenter",
+            "-t",
+            str(server.process.pid),
+            "-U",
+            "-m",
+            "--preserve-credentials",
+        ]
+        done = subprocess.run(
+            [*enter, "sh", "-c",
+             f"echo text > {root}/made && cat {root}/made && mkdir {root}/d && ls {root}"
+             f" && umount {root}"],
+            capture_output=True, text=True, timeout=DEADLINE,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (0, "text\nd\nmade\n"), done.stderr
+        server.ended()
+        assert os.stat(source / "made").st_uid == uid
