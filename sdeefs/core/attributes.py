@@ -81,7 +81,12 @@ class AttributesRoom(Lookup):
     def _overridden(self, node: Node, mode: int) -> tuple[int, int, int, int] | None:
         if node.kind == stat.S_IFLNK:
             return None
-        path, follow = self._xattr_place(node)
+        try:
+            path, follow = self._xattr_place(node)
+        except OSError as error:
+            if error.errno != errno.EXDEV or node.layer == UPPER:
+                raise
+            return None  # something is mounted on it in lower: what lies below can't be asked
         value = get_xattr(path, OVERRIDE_STAT, follow)
         return None if value is None else parse_override(value, mode)
 
