@@ -21,27 +21,29 @@ from sdee_launch import membership
 #: Seconds to wait for the first member: its maker may have died on the way.
 FIRST_MEMBER = 60.0
 _PATIENCE = 3.0
-_HIGH = 512
 
 
 def keep_only(member: int, others: Sequence[int]) -> list[int]:
-    """Close all descriptors but these, `member` becoming membership.FD, and 0 to 2 /dev/null."""
-    null = os.open("/dev/null", os.O_RDWR)
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, _HIGH) for fd in (member, null, *others)]
-    os.closerange(0, _HIGH)
+    """Close all descriptors but these, `member` becoming membership.FD, and 0 to 2 /dev/null.
+
+    Gives the new numbers of `others`.
+    """
+    null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
+    above = membership.FD + 1
+    member, null, *kept = [
+        fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, above) for fd in (member, null, *others)
+    ]
     for fd in (0, 1, 2):
-        os.dup2(high[1], fd)
-    os.dup2(high[0], membership.FD, inheritable=False)
-    os.close(high[0])
-    os.close(high[1])
-    os.closerange(max(high) + 1, 1 << 20)
-    for fd in range(_HIGH, max(high)):
-        if fd not in high[2:]:
+        os.dup2(null, fd)
+    os.dup2(member, membership.FD, inheritable=False)
+    keep = {0, 1, 2, membership.FD, *kept}
+    for entry in os.listdir("/proc/self/fd"):
+        if int(entry) not in keep:
             try:
-                os.close(fd)
+                os.close(int(entry))
             except OSError:
-                pass
-    return high[2:]
+                pass  # the one that read the list
+    return kept
 
 
 def set_title(title: str) -> None:

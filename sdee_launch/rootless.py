@@ -6,7 +6,7 @@ mounts and the instance. The maker then ends; init and the servers of sdeefs liv
 
 The kernel engine serves where it gives root's semantics, and that is where the lower's files belong
 to ids that the namespace has: never over a host's /, whose files are nobody's here. sdeefs shows
-them as root's (`squash_overflow`), and keeps in xattrs what can't be stored without subordinate ids.
+them as root's (`squash_overflow`). Without subordinate ids root is the only id that there is.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def _make(
         engine = own.engine if own.engine != "auto" else settings.engine
 
     def work(maps: IdMaps) -> dict[str, object]:
-        return _in_maker(account, settings, environment, engine, binds, lock, maps)
+        return _in_maker(account, settings, environment, engine, binds, lock)
 
     record = in_user_namespace(account, work)
     if "error" in record:
@@ -325,7 +325,6 @@ def _in_maker(
     engine: str,
     binds: Sequence[str],
     lock: int,
-    maps: IdMaps,
 ) -> dict[str, object]:
     """As root of the new user namespace: the merged mounts and the instance."""
     try:
@@ -346,9 +345,7 @@ def _in_maker(
             engine,
             {
                 engines.KERNEL: lambda: _kernel(made_plan.overlays, here, volatile),
-                engines.FUSE: lambda: _fuse(
-                    made_plan.overlays, here, volatile, len(maps[0]) > 1, _make_mask(here)
-                ),
+                engines.FUSE: lambda: _fuse(made_plan.overlays, here, volatile, _make_mask(here)),
             },
         )
         private = {k: clone_private(v) for k, v in here.open_private(made_plan).items()}
@@ -460,14 +457,10 @@ def _make_mask(environment: Environment) -> int:
     return mask
 
 
-def _fuse(
-    points: Sequence[bytes], environment: Environment, volatile: bool, whole: bool, mask: int
-) -> Merged:
+def _fuse(points: Sequence[bytes], environment: Environment, volatile: bool, mask: int) -> Merged:
     merged = Merged(engines.FUSE, fds=[mask])
     # The ids of what lower has and we have no names for are nobody's: then the others' bits count.
     words = ["squash_overflow", "secrets=0:0"]
-    if not whole:
-        words.append("override_stat=on")
     if volatile:
         words.append("volatile")
     try:
