@@ -257,12 +257,14 @@ class Upper:
         empty_directory(self.work)
 
     def _probe_whiteouts(self) -> WhiteoutForm:
+        if not self.xattrs:
+            return WhiteoutForm.PREFIX  # opaque directories can't be had in another way
         name = self.temporary()
         try:
             os.mknod(name, stat.S_IFCHR, 0, dir_fd=self.work)
             os.unlink(name, dir_fd=self.work)
         except OSError:
-            return WhiteoutForm.XATTR if self.xattrs else WhiteoutForm.PREFIX
+            return WhiteoutForm.XATTR
         return WhiteoutForm.CHARDEV
 
     def temporary(self) -> bytes:

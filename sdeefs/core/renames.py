@@ -139,7 +139,7 @@ class Renames(Removal):
         if directory.lowers and parent is not None:
             fd = self._upper_fd(parent)
             with self._parent_times(directory, self._upper_fd(directory)):
-                self._set_opaque(fd, directory.name, must=True)
+                self._set_opaque(fd, directory.name, must=False)
             self._close_lower_fds(directory)
             directory.lowers = ()
             directory.flags |= OPAQUE
