@@ -1,1 +1,1 @@
-"""Deployment of an upper to nodes: manifest, package, cache, transports."""
+"""Deployment of an upper to nodes: manifest, package, cache, transports. `api` is its front."""

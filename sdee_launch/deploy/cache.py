@@ -1,0 +1,346 @@
+"""A node's cache of generations: per user, by the source's identity and number.
+
+    CACHE/UID/IDENTITY/N/tree        the generation, only read
+    CACHE/UID/IDENTITY/N/manifest
+    CACHE/UID/IDENTITY/N/users/KEY   somebody (a job) uses it
+    CACHE/UID/IDENTITY/.N/           being made; gone on with after a crash
+    CACHE/UID/IDENTITY/lock          flock(2)
+
+CACHE is root's and may be passed through by all; CACHE/UID is the user's alone, and everything in
+it is done inside the user's namespace. A generation is there whole or not at all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+import stat
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO
+
+from mount_helpers import syscalls
+from sdee_launch.accounts import Account
+from sdee_launch.deploy import entries, package
+from sdee_launch.deploy.apply import Apply, Places
+from sdee_launch.deploy.entries import Entry
+from sdee_launch.deploy.errors import Damaged, DeployProblem
+from sdee_launch.deploy.inside import run_inside
+from sdee_launch.deploy.walk import DIRECTORY
+
+DEFAULT = "/var/lib/sdee/cache"
+_NUMBER = re.compile(r"[1-9][0-9]{0,17}")
+_IDENTITY = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class Ensured:
+    """A generation that is in the cache. `bytes_read`: of manifest and packages, for it."""
+
+    tree: str
+    bytes_read: int
+    base: int
+    linked: int
+    extracted: int
+    seconds: float
+
+
+def user_directory(account: Account, cache: str) -> str:
+    """The directory of a user's generations, made if it isn't there. Raises OSError.
+
+    Root makes it in the site's place; a user without a daemon in a place of their own.
+    """
+    path = os.path.join(cache, str(account.uid))
+    os.makedirs(cache, mode=0o711, exist_ok=True)
+    if os.getuid() == 0:
+        os.chmod(cache, 0o711)
+    try:
+        os.mkdir(path, 0o700)
+        if os.getuid() == 0:
+            os.chown(path, account.uid, account.gid)
+    except FileExistsError:
+        status = os.lstat(path)
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != account.uid:
+            raise DeployProblem(f"{path} isn't {account.name}'s; remove it") from None
+    return path
+
+
+def ensure(
+    account: Account, cache: str, source: str, identity: str, number: int, key: str
+) -> Ensured:
+    """Bring generation `number` from the directory `source` into the cache; used by `key` from now.
+
+    Only what the newest cached generation lacks is read. A cache that turns out to be broken is
+    replaced by a full copy. Raises DeployProblem with the reason.
+    """
+    _check(identity, number, key)
+    top = user_directory(account, cache)
+
+    def work() -> dict[str, object]:
+        started = time.monotonic()
+        place = os.path.join(top, identity)
+        os.makedirs(place, mode=0o700, exist_ok=True)
+        with _locked(place):
+            done = _ensure(place, source, number)
+            users = os.path.join(place, str(number), "users")
+            os.makedirs(users, exist_ok=True)
+            with open(os.path.join(users, key), "w"):
+                pass
+            os.utime(os.path.join(place, str(number)))
+        tree = os.path.join(place, str(number), "tree")
+        return asdict(Ensured(tree, *done, time.monotonic() - started))
+
+    return Ensured(**run_inside(account, work))
+
+
+def release(account: Account, cache: str, key: str) -> None:
+    """`key` uses none of the user's generations any more. Twice is harmless."""
+    _check("0" * 16, 1, key)
+    top = os.path.join(cache, str(account.uid))
+
+    def work() -> None:
+        for place in _identities(top):
+            for number in _numbers(place):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(os.path.join(place, str(number), "users", key))
+
+    if os.path.isdir(top):
+        run_inside(account, work)
+
+
+def listing(account: Account, cache: str) -> list[dict[str, Any]]:
+    """A user's cached generations: identity, generation, bytes, files, used by, last use."""
+    top = os.path.join(cache, str(account.uid))
+
+    def work() -> list[dict[str, object]]:
+        found = []
+        for place in _identities(top):
+            for number in _numbers(place):
+                path = os.path.join(place, str(number))
+                size, files = _size(path)
+                found.append(
+                    {
+                        "identity": os.path.basename(place),
+                        "generation": number,
+                        "bytes": size,
+                        "files": files,
+                        "users": sorted(os.listdir(os.path.join(path, "users"))),
+                        "used": os.stat(path).st_mtime,
+                        "path": path,
+                    }
+                )
+        return found
+
+    return list(run_inside(account, work)) if os.path.isdir(top) else []
+
+
+def prune(account: Account, cache: str, limit: int) -> list[dict[str, Any]]:
+    """Remove the least recently used generations that nobody uses until the rest fits `limit` bytes.
+
+    A file that several generations share counts once. Returns what was removed.
+    """
+    top = os.path.join(cache, str(account.uid))
+    everything = sorted(listing(account, cache), key=lambda one: one["used"])
+    total = sum(one["bytes"] for one in everything)
+    doomed = []
+    for one in everything:
+        if total <= limit:
+            break
+        if not one["users"]:
+            doomed.append(one)
+            total -= one["bytes"]
+
+    def work() -> None:
+        for one in doomed:
+            place = os.path.join(top, one["identity"])
+            with _locked(place):
+                if not os.listdir(os.path.join(one["path"], "users")):
+                    _remove_generation(place, one["generation"])
+        for place in _identities(top):
+            if not _numbers(place):
+                shutil.rmtree(place, ignore_errors=True)
+
+    if os.path.isdir(top):
+        run_inside(account, work)
+    return doomed
+
+
+def verify(account: Account, cache: str, identity: str, number: int, checksum: bool) -> list[str]:
+    """What of a cached generation isn't as its manifest says: paths, empty if all is well."""
+    place = os.path.join(cache, str(account.uid), identity)
+
+    def work() -> list[str]:
+        return _verify(os.path.join(place, str(number)), checksum)
+
+    return list(run_inside(account, work))
+
+
+def remove(account: Account, cache: str, identity: str, number: int) -> None:
+    """Remove one generation, used or not: the next job brings it anew."""
+    place = os.path.join(cache, str(account.uid), identity)
+
+    def work() -> None:
+        with _locked(place):
+            _remove_generation(place, number)
+
+    if os.path.isdir(place):
+        run_inside(account, work)
+
+
+def _check(identity: str, number: int, key: str) -> None:
+    if not _IDENTITY.fullmatch(identity) or number < 1 or number >= 10**18:
+        raise DeployProblem(f"{identity[:40]}@{number} is no generation")
+    if not re.fullmatch(r"[A-Za-z0-9._-]{1,100}", key) or key.startswith("."):
+        raise DeployProblem(f"{key[:40]!r} can't be a user of a generation")
+
+
+@contextlib.contextmanager
+def _locked(place: str) -> Iterator[None]:
+    fd = os.open(os.path.join(place, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _identities(top: str) -> list[str]:
+    names = os.listdir(top) if os.path.isdir(top) else []
+    return [os.path.join(top, name) for name in sorted(names) if _IDENTITY.fullmatch(name)]
+
+
+def _numbers(place: str) -> list[int]:
+    return sorted(int(name) for name in os.listdir(place) if _NUMBER.fullmatch(name))
+
+
+def _remove_generation(place: str, number: int) -> None:
+    """Under another name first, so that half of one is never found."""
+    doomed = os.path.join(place, f".{number}.gone")
+    shutil.rmtree(doomed, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        os.rename(os.path.join(place, str(number)), doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _size(path: str) -> tuple[int, int]:
+    """Bytes on disk of what this generation alone has, and its files."""
+    size = files = 0
+    for directory, _, names in os.walk(path):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(os.path.join(directory, name))
+                size += status.st_blocks * 512 // max(1, status.st_nlink)
+                files += 1
+    return size, files
+
+
+def open_source(source: str, name: str) -> BinaryIO:
+    """A file of a spool: a regular one of the user's own, no link. Raises DeployProblem.
+
+    Read inside the user's namespace, where the user is 0.
+    """
+    path = os.path.join(source, name)
+    try:
+        directory = os.open(source, DIRECTORY)
+        try:
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            fd = os.open(name, flags, dir_fd=directory)
+        finally:
+            os.close(directory)
+    except OSError as error:
+        raise DeployProblem(f"{path}: {error.strerror}") from None
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_uid != 0:
+        os.close(fd)
+        raise DeployProblem(f"{path} is no file of the user's own; it isn't read")
+    return os.fdopen(fd, "rb")
+
+
+def _manifest(path: str) -> Iterator[Entry]:
+    with open(path, "rb") as file:
+        yield from entries.read(file)
+
+
+def _ensure(place: str, source: str, number: int) -> tuple[int, int, int, int]:
+    """(bytes read, base, linked, extracted)."""
+    final = os.path.join(place, str(number))
+    if os.path.isdir(os.path.join(final, "tree")):
+        return 0, number, 0, 0
+    bases = [n for n in reversed(_numbers(place)) if n != number][:1]
+    try:
+        return _make(place, source, number, bases[0] if bases else 0)
+    except Damaged:
+        # The base, or what an interrupted run left, isn't what it should be: all anew.
+        shutil.rmtree(os.path.join(place, f".{number}"), ignore_errors=True)
+        return _make(place, source, number, 0)
+
+
+def _make(place: str, source: str, number: int, base: int) -> tuple[int, int, int, int]:
+    staging = os.path.join(place, f".{number}")
+    tree = os.path.join(staging, "tree")
+    os.makedirs(tree, mode=0o700, exist_ok=True)
+    manifest = os.path.join(staging, "manifest")
+    with open_source(source, f"{number}.manifest") as wanted, open(manifest, "wb") as kept:
+        shutil.copyfileobj(wanted, kept, 1 << 20)
+        read = kept.tell()
+    root = os.open(tree, DIRECTORY)
+    base_place = os.path.join(place, str(base))
+    base_fd = os.open(os.path.join(base_place, "tree"), DIRECTORY) if base else None
+    try:
+        apply = Apply(
+            root,
+            lambda: _manifest(manifest),
+            base_fd,
+            (lambda: _manifest(os.path.join(base_place, "manifest"))) if base else (lambda: ()),
+        )
+        result = apply.run(lambda n: open_source(source, f"{n}.pack"))
+        syscalls.syncfs(root)
+    finally:
+        os.close(root)
+        if base_fd is not None:
+            os.close(base_fd)
+    os.makedirs(os.path.join(staging, "users"), exist_ok=True)
+    os.rename(staging, os.path.join(place, str(number)))
+    fd = os.open(place, DIRECTORY)
+    os.fsync(fd)
+    os.close(fd)
+    return read + result.bytes_read, base, result.linked, result.extracted
+
+
+def _verify(path: str, checksum: bool) -> list[str]:
+    wrong = []
+    root = os.open(os.path.join(path, "tree"), DIRECTORY)
+    places = Places(root)
+    try:
+        for entry in _manifest(os.path.join(path, "manifest")):
+            try:
+                dirfd, name = places.parent(entry.path)
+                status = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
+                right = (stat.S_IMODE(status.st_mode), status.st_uid, status.st_gid) == (
+                    entry.mode if entry.kind != "l" else stat.S_IMODE(status.st_mode),
+                    entry.uid,
+                    entry.gid,
+                )
+                if entry.kind == "f":
+                    right &= stat.S_ISREG(status.st_mode)
+                    right &= (status.st_size, status.st_mtime_ns) == (entry.size, entry.mtime_ns)
+                    if right and checksum:
+                        fd = os.open(name, os.O_RDONLY | os.O_NOFOLLOW, dir_fd=dirfd)
+                        right = package.digest_of(fd) == entry.digest
+                        os.close(fd)
+                elif entry.kind == "l":
+                    right &= os.fsencode(os.readlink(name, dir_fd=dirfd)) == entry.target
+                elif entry.kind == "d":
+                    right &= stat.S_ISDIR(status.st_mode)
+            except OSError:
+                right = False
+            if not right:
+                wrong.append(os.fsdecode(entry.path))
+    finally:
+        places.close()
+        os.close(root)
+    return wrong

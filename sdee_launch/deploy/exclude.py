@@ -1,0 +1,49 @@
+"""What of an upper doesn't travel: caches, temporary files, sockets, and what is configured.
+
+A pattern is a path relative to upper with fnmatch's wildcards, matched against the whole path and
+each of its parents; a pattern without a slash matches any component.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+from collections.abc import Iterable
+
+DEFAULTS = (
+    "tmp/*",
+    "run/*",
+    "var/tmp/*",
+    "var/run/*",
+    "var/lock/*",
+    "var/cache/*/*",
+    "var/log/*.gz",
+    "root/.cache/*",
+    "__pycache__/*.tmp",
+    ".nfs*",
+)
+
+
+class Excluded:
+    """Whether a path stays behind."""
+
+    def __init__(self, patterns: Iterable[str]) -> None:
+        self.patterns = tuple(dict.fromkeys(p.strip("/") for p in patterns if p.strip("/")))
+        whole = [p for p in self.patterns if "/" in p]
+        parts = [p for p in self.patterns if "/" not in p]
+        self._whole = [(p.count("/") + 1, self._compile([p])) for p in whole]
+        self._part = self._compile(parts) if parts else None
+
+    @staticmethod
+    def _compile(patterns: list[str]) -> re.Pattern[str]:
+        return re.compile("|".join(fnmatch.translate(p.replace("**", "*")) for p in patterns))
+
+    def __call__(self, path: bytes) -> bool:
+        """Called for a directory before what is in it: what stays behind takes that with it."""
+        text = os.fsdecode(path)
+        name = text.rpartition("/")[2]
+        if self._part is not None and self._part.match(name):
+            return True
+        depth = text.count("/") + 1
+        return any(depth == levels and pattern.match(text) for levels, pattern in self._whole)

@@ -1,0 +1,327 @@
+"""The source's side: numbered, immutable generations of an upper.
+
+A state directory holds, for generation N, `N.manifest` and, if files were new in it, `N.pack`.
+A manifest names for each file the generation in whose package its content is, so that a node needs
+the packages of what it lacks and nothing else. The package is the snapshot: it is written while the
+upper is walked, once, and only what changed is read.
+
+What has changed is decided by size and modification time (the paper's rule). Where change time or
+inode number differ too, the file is read and its digest compared, which costs no bytes on the way;
+`checksum` reads every file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+from sdee_launch.deploy import entries, package
+from sdee_launch.deploy.entries import Entry
+from sdee_launch.deploy.errors import Damaged, DeployProblem
+from sdee_launch.deploy.walk import Found, Walk
+
+#: A file that is being written is tried so often.
+ATTEMPTS = 3
+#: Packages together may be so many times the content of a generation before a full one is made.
+WASTE = 2.0
+#: More packages than this for one generation: a full one is made.
+MAX_CHAIN = 24
+_NAME = re.compile(r"([1-9][0-9]{0,17})\.(manifest|pack)")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One generation, and what making it cost."""
+
+    number: int
+    entries: int
+    content: int  # bytes of all files
+    packages: tuple[int, ...]  # that a node without a cache needs
+    new_files: int = 0
+    package_bytes: int = 0  # of its own package, as it travels
+    skipped: int = 0
+
+
+class State:
+    """A state directory, locked while it is open. `identity` names it among all others."""
+
+    def __init__(self, path: str, *, create: bool = True) -> None:
+        self.path = path
+        if create:
+            os.makedirs(path, mode=0o700, exist_ok=True)
+        self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        self._lock = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self.identity = self._identity()
+
+    def __enter__(self) -> State:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._lock)
+        os.close(self.fd)
+
+    def _identity(self) -> str:
+        try:
+            with open(os.path.join(self.path, "identity")) as file:
+                text = file.read().strip()
+            if re.fullmatch(r"[0-9a-f]{16}", text):
+                return text
+        except FileNotFoundError:
+            pass
+        text = secrets.token_hex(8)
+        self.put("identity", text.encode() + b"\n")
+        return text
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a small file so that it is there whole or not at all."""
+        temporary = f".{name}.new"
+        fd = os.open(
+            temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600, dir_fd=self.fd
+        )
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.rename(temporary, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+
+    def numbers(self) -> list[int]:
+        """The generations that are whole, oldest first."""
+        found = [_NAME.fullmatch(name) for name in os.listdir(self.fd)]
+        return sorted(int(m[1]) for m in found if m and m[2] == "manifest")
+
+    def file(self, number: int, what: str) -> str:
+        """The path of a generation's `manifest` or `pack`."""
+        return os.path.join(self.path, f"{number}.{what}")
+
+    def read(self, number: int) -> Iterator[Entry]:
+        """The entries of a generation. Raises DeployProblem."""
+        try:
+            file = open(self.file(number, "manifest"), "rb")  # noqa: SIM115
+        except FileNotFoundError:
+            raise DeployProblem(f"there is no generation {number}") from None
+        with file:
+            yield from entries.read(file)
+
+    def about(self, number: int) -> Generation:
+        """What is known of a generation."""
+        try:
+            with open(os.path.join(self.path, f"{number}.json")) as file:
+                record = json.load(file)
+            return Generation(**{**record, "packages": tuple(record["packages"])})
+        except (OSError, ValueError, KeyError, TypeError):
+            raise DeployProblem(f"there is no generation {number}") from None
+
+    def prune(self, keep: int = 8) -> list[int]:
+        """Remove old generations and packages that no kept one needs; the numbers removed."""
+        numbers = self.numbers()
+        old, kept = numbers[:-keep], numbers[-keep:]
+        needed: set[int] = set()
+        for number in kept:
+            with contextlib.suppress(DeployProblem):
+                needed |= set(self.about(number).packages)
+        for number in old:
+            for name in (f"{number}.manifest", f"{number}.json"):
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name, dir_fd=self.fd)
+        for name in os.listdir(self.fd):
+            match = _NAME.fullmatch(name)
+            if match and match[2] == "pack" and int(match[1]) not in needed:
+                os.unlink(name, dir_fd=self.fd)
+        return old
+
+
+class _Snapshot:
+    """One walk that writes a manifest and, as it goes, the package of what is new."""
+
+    def __init__(
+        self,
+        state: State,
+        upper: int,
+        number: int,
+        excluded: Callable[[bytes], bool],
+        checksum: bool,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self.state, self.number, self.checksum = state, number, checksum
+        self.walk = Walk(upper, excluded)
+        self.progress = progress
+        self.changed = False
+        self.content = 0
+        self.packages: dict[int, int] = {}
+        self.linked: dict[int, Entry] = {}
+
+    def write(self, old: Iterable[Entry], writer: entries.Writer, packer: package.Packer) -> None:
+        """Walk, and write what is found."""
+        found: list[Found] = []
+
+        def new() -> Iterator[Entry]:
+            for one in self.walk:
+                found[:] = [one]
+                yield one.entry
+
+        # The walk is one ahead of the merge at most, and `found` is what it stands at.
+        for before, entry in entries.merge(old, new()):
+            if entry is None:
+                self.changed = True
+                continue
+            done = self._file(before, found[0], packer) if entry.kind == "f" else entry
+            if done is None:  # it vanished
+                self.changed = True
+                continue
+            self.changed |= before is None or not entries.same_object(before, done)
+            writer.add(done)
+            if self.progress is not None:
+                self.progress(writer.entries, packer.content)
+
+    def _file(self, before: Entry | None, found: Found, packer: package.Packer) -> Entry | None:
+        entry = found.entry
+        if entry.group and entry.group in self.linked:  # another name of what is in already
+            first = self.linked[entry.group]
+            return entry._replace(
+                size=first.size,
+                mtime_ns=first.mtime_ns,
+                generation=first.generation,
+                digest=first.digest,
+            )
+        try:
+            done = self._unchanged(before, found) or self._pack(found, packer)
+        except FileNotFoundError:
+            return None
+        if entry.group:
+            self.linked[entry.group] = done
+        self.content += done.size
+        self.packages[done.generation] = self.packages.get(done.generation, 0) + done.size
+        return done
+
+    def _unchanged(self, before: Entry | None, found: Found) -> Entry | None:
+        """The entry with the old content, if that is still what the file has."""
+        entry = found.entry
+        if before is None or before.kind != "f":
+            return None
+        if (before.size, before.mtime_ns) != (entry.size, entry.mtime_ns):
+            return None
+        kept = entry._replace(generation=before.generation, digest=before.digest)
+        same = (before.ctime_ns, before.inode) == (entry.ctime_ns, entry.inode)
+        if same and not self.checksum:
+            return kept
+        fd = os.open(found.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=found.dirfd)
+        try:
+            return kept if package.digest_of(fd) == before.digest else None
+        finally:
+            os.close(fd)
+
+    def _pack(self, found: Found, packer: package.Packer) -> Entry:
+        problem: DeployProblem | None = None
+        for _ in range(ATTEMPTS):
+            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+            fd = os.open(found.name, flags, dir_fd=found.dirfd)
+            try:
+                status, digest = packer.add(found.entry.path, fd)
+            except DeployProblem as error:
+                problem = error
+                continue
+            finally:
+                os.close(fd)
+            return found.entry._replace(
+                size=status.st_size,
+                mtime_ns=status.st_mtime_ns,
+                ctime_ns=status.st_ctime_ns,
+                inode=status.st_ino,
+                generation=self.number,
+                digest=digest,
+            )
+        raise DeployProblem(f"{problem}; stop what writes it, or exclude it")
+
+
+def snapshot(
+    state: State,
+    upper: int,
+    excluded: Callable[[bytes], bool],
+    *,
+    checksum: bool = False,
+    level: int = 3,
+    progress: Callable[[int, int], None] | None = None,
+) -> Generation:
+    """The generation that has what `upper` (a descriptor) has now; the last one if nothing changed.
+
+    Raises DeployProblem, OSError.
+    """
+    numbers = state.numbers()
+    last = numbers[-1] if numbers else 0
+    try:
+        return _snapshot(state, upper, excluded, last, checksum, level, progress)
+    except Damaged:  # the last manifest can't be read: all is new
+        return _snapshot(state, upper, excluded, 0, checksum, level, progress, after=last)
+
+
+def _snapshot(
+    state: State,
+    upper: int,
+    excluded: Callable[[bytes], bool],
+    last: int,
+    checksum: bool,
+    level: int,
+    progress: Callable[[int, int], None] | None,
+    after: int = 0,
+) -> Generation:
+    number = max(last, after) + 1
+    one = _Snapshot(state, upper, number, excluded, checksum, progress)
+    manifest, packed = f".{number}.manifest.new", f".{number}.pack.new"
+    try:
+        with (
+            open(os.path.join(state.path, manifest), "wb") as manifest_file,
+            open(os.path.join(state.path, packed), "wb") as package_file,
+        ):
+            with (
+                entries.Writer(manifest_file) as writer,
+                package.Packer(package_file, level) as packer,
+            ):
+                one.write(state.read(last) if last else (), writer, packer)
+            if last and not one.changed:
+                return state.about(last)
+            for file in (manifest_file, package_file):
+                file.flush()
+                os.fsync(file.fileno())
+        if last and _wasteful(state, one):
+            # Too many old packages are needed: everything goes into this generation's own.
+            return _snapshot(state, upper, excluded, 0, checksum, level, progress, after=last)
+        size = os.stat(packed, dir_fd=state.fd).st_size if packer.files else 0
+        about = Generation(
+            number,
+            writer.entries,
+            one.content,
+            tuple(sorted(n for n in one.packages)),
+            packer.files,
+            size,
+            one.walk.skipped,
+        )
+        if packer.files:
+            os.rename(packed, f"{number}.pack", src_dir_fd=state.fd, dst_dir_fd=state.fd)
+        state.put(f"{number}.json", json.dumps(asdict(about)).encode())
+        os.rename(manifest, f"{number}.manifest", src_dir_fd=state.fd, dst_dir_fd=state.fd)
+        os.fsync(state.fd)
+        return about
+    finally:
+        for name in (manifest, packed):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name, dir_fd=state.fd)
+
+
+def _wasteful(state: State, one: _Snapshot) -> bool:
+    if len(one.packages) > MAX_CHAIN:
+        return True
+    sizes = 0
+    for number in one.packages:
+        if number != one.number:
+            try:
+                sizes += os.stat(state.file(number, "pack")).st_size
+            except FileNotFoundError:
+                return True
+    return sizes > WASTE * max(one.content, 64 << 20)
