@@ -120,7 +120,7 @@ async def job_prepare(daemon: Daemon, request: Request) -> Reply:
         failed = replace(record, failure=reason or type(error).__name__)
         await trio.to_thread.run_sync(records.write, failed)
         if failed.place:
-            await daemon.call(uid, f"{_NODE}:clear", {"place": failed.place})
+            await daemon.call(uid, f"{_NODE}:clear", {"uid": uid, "job": job})
         raise Refused(reason) from None
     await trio.to_thread.run_sync(records.write, record)
     try:
@@ -211,7 +211,7 @@ async def _end(daemon: Daemon, record: records.Record) -> None:
     if record.init:
         instances.kill(process)
     if record.place:
-        await daemon.call(record.uid, f"{_NODE}:clear", {"place": record.place})
+        await daemon.call(record.uid, f"{_NODE}:clear", {"uid": record.uid, "job": record.job})
     await trio.to_thread.run_sync(records.forget, record.job)
 
 

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 
 from sdee_launch import protocol
 
-
 #: An instance has this file.
 INSIDE = "/run/sdee/inside"
 #: Of the submitter's variables, what a job takes: for one job on another engine, or by another way.

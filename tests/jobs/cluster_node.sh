@@ -4,10 +4,11 @@
 set -eu
 name=$1 address=$2 role=$3 lab=$4 cgroup=$5 own=$4/nodes/$1
 hostname "$name"
-# Mounts of other tests, copied with the namespace: not this machine's.
-while read -r _ point _; do
-    case $point in /var/tmp/* | /tmp/* | /home/* | /mnt/*) umount -l "$(printf '%b' "$point")" || true ;; esac
-done </proc/self/mounts
+# Mounts of other tests, copied with the namespace, are not this machine's.
+mapfile -t points < <(cut -d' ' -f2 /proc/self/mounts)
+for point in "${points[@]}"; do
+    case $point in /var/tmp/* | /tmp/* | /home/* | /mnt/*) umount -i -l "$(printf '%b' "$point")" || true ;; esac
+done
 ip link set lo up
 over() { mount --bind "$1" "$2"; }
 mkdir -p "$own"/var/{lib-slurm/slurmctld,lib-slurm/slurmd,lib-sdee,log-slurm,log-munge,lib-munge,cache-sdee} "$own"/tmp

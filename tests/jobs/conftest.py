@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
 
-from tests.conftest import User
+from tests.conftest import User, _user
 from tests.jobs.jobs_lab import SdeeCluster
 
 
@@ -20,7 +21,21 @@ def no_left_overs() -> None:
 
 
 @pytest.fixture(scope="session")
+def alice() -> Iterator[User]:
+    """A user of the cluster alone: what else is tested on this machine doesn't meet them."""
+    yield from _user("sdee-jobs1", 2111, 21210000)
+
+
+@pytest.fixture(scope="session")
+def bob() -> Iterator[User]:
+    """A second one."""
+    yield from _user("sdee-jobs2", 2112, 21310000)
+
+
+@pytest.fixture(scope="session")
 def cluster(alice: User, bob: User) -> Iterator[SdeeCluster]:
     """A controller, a login node and three compute nodes."""
+    for user in (alice, bob):  # numbers of jobs begin anew
+        shutil.rmtree(user.home / ".local", ignore_errors=True)
     with SdeeCluster() as cluster:
         yield cluster

@@ -78,7 +78,7 @@ class SdeeCluster(Cluster):
         def answers() -> bool:
             process = self.daemons[node]
             assert process.poll() is None, self.log(f"sdeed-{node}")
-            ask = "from sdee_launch import protocol; protocol.request(\"status\")"
+            ask = 'from sdee_launch import protocol; protocol.request("status")'
             return self.run(node, [sys.executable, "-I", "-c", ask], timeout=60).code == 0
 
         socket = Path(f"/proc/{self.nodes[node].init}/root/run/sdee/sdeed.sock")
@@ -136,7 +136,11 @@ class SdeeCluster(Cluster):
         ps = json.loads(self.run(node, ["sdee", "node", "--json"]).ok())
         return {
             "records": inner.out.split(),
-            "mounts": [x for x in mounts.splitlines() if " - overlay " in x or "fuse.sdeefs" in x],
+            "mounts": [
+                x
+                for x in mounts.splitlines()
+                if " - overlay sdee " in x or "fuse.sdeefs sdee " in x
+            ],
             "instances": ps["instances"],
             "servers": [x for x in self.processes(node) if "sdeefs" in x],
         }
@@ -163,7 +167,7 @@ class SdeeCluster(Cluster):
         self,
         command: str,
         user: str,
-        environment: str = "default",
+        environment: str = "jobs",
         timeout: float = 150,
         options: str = "",
         env: dict[str, str] | None = None,

@@ -84,7 +84,7 @@ def test_two_users_on_the_same_nodes_see_nothing_of_each_other(
             command = (
                 f"export OTHER={other.name} MEET={meet}; touch /home; srun -N3 bash -c '{look}'"
             )
-            words = ["sdee", "run", "--", "bash", "-c", command]
+            words = ["sdee", "run", "--env", "jobs", "--", "bash", "-c", command]
             running.append(
                 subprocess.Popen(
                     cluster.words("login1", words, user.name), stdin=subprocess.DEVNULL,
@@ -96,7 +96,7 @@ def test_two_users_on_the_same_nodes_see_nothing_of_each_other(
             outs, running, ((alice, bob), (bob, alice)), strict=True
         ):
             assert process.returncode == 0, (out, err)
-            own, others = user.name.removeprefix("sdee-"), other.name.removeprefix("sdee-")
+            own, others = ("alice", "bob") if user is alice else ("bob", "alice")
             lines = out.splitlines()
             assert lines.count(own) == 3, out
             assert others not in lines
@@ -126,7 +126,7 @@ srun --export=ALL,COLOUR=blue sh -c 'echo $COLOUR $SDEE_ENVIRONMENT'
     assert out[2] != "missing 0"
     assert out[3] == "batch 9"
     assert out[4:] == [
-        "n1", "n2", "alice", "alloc 4", "0", "0", "/opt", "blue default",
+        "n1", "n2", "alice", "alloc 4", "0", "0", "/opt", "blue jobs",
     ]  # fmt: skip
 
 
@@ -187,7 +187,7 @@ def test_cancelled_and_over_time(cluster: SdeeCluster, alice: User) -> None:
     cluster.wait_clean()
     waits = "srun -N3 sleep 500"
     process = subprocess.Popen(
-        cluster.words("login1", ["sdee", "run", "--", "bash", "-c", waits], alice.name),
+        cluster.words("login1", ["sdee", "run", "--env", "jobs", "--", "bash", "-c", waits], alice.name),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

@@ -26,7 +26,7 @@ def running(
     cluster: SdeeCluster, user: User, command: str, engine: str = "kernel"
 ) -> Iterator[subprocess.Popen[str]]:
     """A command inside the user's environment on the login node, in the background."""
-    words = ["sdee", "run", "--", "bash", "-c", command]
+    words = ["sdee", "run", "--env", "jobs", "--", "bash", "-c", command]
     line = cluster.words("login1", words, user.name, 170, env={"SDEE_JOB_ENGINE": engine})
     process = subprocess.Popen(
         line, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

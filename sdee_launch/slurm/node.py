@@ -1,0 +1,116 @@
+"""What the daemon has done for jobs, in a root process of its own beside the user's keeper.
+
+Files of the user are touched with the user's rights (site.as_user), generations are brought and
+unpacked by sdee_launch.deploy.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from sdee_launch import config
+from sdee_launch.accounts import Account, account_of
+from sdee_launch.environments import EnvironmentProblem
+from sdee_launch.protocol import Refused
+from sdee_launch.site import as_user
+from sdee_launch.slurm import records, reports, transfer
+
+#: A job's own layers are in directories below it, one per job.
+JOBS = "/var/lib/sdee/jobs"
+
+
+def _account(uid: int) -> tuple[Account, config.Settings]:
+    account = account_of(uid)
+    try:
+        with as_user(account):
+            return account, config.load(home=account.home)
+    except config.ConfigError as error:
+        raise Refused(str(error)) from None
+
+
+def submit(
+    uid: int, environment: str, generation: int, exclude: list[str], transport: str
+) -> dict[str, object]:
+    """Publish the present state of an environment (or name a generation that is published)."""
+    account, settings = _account(uid)
+    try:
+        return transfer.publish(account, settings, environment, generation, exclude, transport)
+    except (EnvironmentProblem, transfer.TransferError) as error:
+        raise Refused(str(error)) from None
+
+
+def prepare(uid: int, job: int, variables: dict[str, str]) -> dict[str, object]:
+    """Bring the job's generation to this node; the layers of its instance."""
+    account, settings = _account(uid)
+    place = f"{JOBS}/{job}"
+    try:
+        tree, count = transfer.fetch(account, settings, job, variables)
+    except transfer.TransferError as error:
+        raise Refused(str(error)) from None
+    try:
+        os.makedirs(JOBS, mode=0o711, exist_ok=True)
+        _remove(place)
+        os.mkdir(place, 0o700)
+        os.chown(place, account.uid, account.gid)
+    except OSError as error:
+        raise Refused(f"{place}: {error.strerror}") from None
+    return {"place": place, "bytes": count, "options": {"lowers": [tree], "place": place}}
+
+
+def report(uid: int, job: int) -> None:
+    """Tell the user's home what the job got on this node."""
+    record = records.read(job)
+    if record is None:
+        return
+    account = account_of(uid)
+    with as_user(account):
+        os.umask(0o077)
+        reports.write(account.home, record)
+
+
+def save(job: int) -> dict[str, object]:
+    """Publish what a job has, generation and own upper together, as a new generation."""
+    record = records.read(job)
+    if record is None or not record.place:
+        raise Refused(f"job {job} has no layers on this node", "missing")
+    account, settings = _account(record.uid)
+    try:
+        return transfer.save(account, settings, record)
+    except (EnvironmentProblem, transfer.TransferError) as error:
+        raise Refused(str(error)) from None
+
+
+def clear(uid: int, job: int) -> None:
+    """Remove a job's own layers, and let its generation go. Twice is harmless."""
+    _remove(f"{JOBS}/{job}")
+    account, settings = _account(uid)
+    try:
+        transfer.release(account, settings, job)
+    except transfer.TransferError as error:
+        raise Refused(str(error)) from None
+
+
+def _remove(place: str) -> None:
+    if os.path.lexists(place):
+        shutil.rmtree(place)
+
+
+def clear_others(keep: list[str]) -> None:
+    """Remove the layers of all jobs but these: what a crash has left."""
+    try:
+        names = os.listdir(JOBS)
+    except FileNotFoundError:
+        return
+    for name in names:
+        place = f"{JOBS}/{name}"
+        if place not in keep:
+            shutil.rmtree(place, ignore_errors=True)
+
+
+def caches() -> list[dict[str, object]]:
+    """The generations that this node keeps, by user."""
+    try:
+        return transfer.caches(config.site_settings())
+    except config.ConfigError as error:
+        raise Refused(str(error)) from None
