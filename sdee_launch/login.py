@@ -87,6 +87,13 @@ def command_line(shell: str, want: Wanted) -> tuple[list[str], str]:
     return [shell, "-c", want.command], os.path.basename(shell)
 
 
+def path_of_root(path: str) -> str:
+    """PATH with the directories in which root's programs are: inside, the user is root."""
+    places = [place for place in path.split(":") if place]
+    missing = [p for p in ("/usr/local/sbin", "/usr/sbin", "/sbin") if p not in places]
+    return ":".join([*missing, *(places or ["/usr/local/bin", "/usr/bin", "/bin"])])
+
+
 def _host_shell(shell: str, want: Wanted) -> int:
     """Become the plain shell on the host."""
     if not os.access(shell, os.X_OK):
@@ -127,6 +134,7 @@ def main() -> int:
         return _host_shell(shell, want)
     arguments, name = command_line(shell, want)
     os.environ["SHELL"] = shell
+    os.environ["PATH"] = path_of_root(os.environ.get("PATH", ""))
     try:
         return login_session.run(site, arguments, name)
     except login_session.NotEntered as error:

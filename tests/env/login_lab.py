@@ -287,12 +287,16 @@ class Node:
         return self.sshd.say(user, script)
 
     def as_host(self, user: User, words: list[str]) -> subprocess.CompletedProcess[str]:
-        """Run a program on the host as this user."""
-        return subprocess.run(
-            words, user=user.uid, group=user.gid, extra_groups=[], cwd="/", timeout=SECONDS,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(user.home), "USER": user.name},
-            capture_output=True, text=True, check=False, errors="replace", stdin=subprocess.DEVNULL,
-        )  # fmt: skip
+        """Run a program on the host as this user; 126 if that isn't permitted."""
+        try:
+            return subprocess.run(
+                words, user=user.uid, group=user.gid, extra_groups=[], cwd="/", timeout=SECONDS,
+                env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(user.home), "USER": user.name},
+                capture_output=True, text=True, check=False, errors="replace",
+                stdin=subprocess.DEVNULL,
+            )  # fmt: skip
+        except PermissionError as error:
+            return subprocess.CompletedProcess(words, 126, "", str(error))
 
     @contextlib.contextmanager
     def sleeping(self, user: User) -> Iterator[int]:
@@ -385,6 +389,11 @@ def login_node(engine: str, *users: User, extra: str = "") -> Iterator[Node]:
             node_daemon(directory) as daemon,
             running_sshd(directory / "sshd", *users, extra=extra) as sshd,
         ):
+            for user in users:  # begin with fresh environments
+                subprocess.run(
+                    ["rm", "-rf", "--one-file-system", f"{user.home}/.local/share/sdee"],
+                    check=True, timeout=SECONDS,
+                )  # fmt: skip
             yield Node(daemon, sshd, engine)
 
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from sdee_launch.login import SFTP_SERVERS, Wanted, command_line, shell_of, wanted
+from sdee_launch.login import (
+    SFTP_SERVERS,
+    Wanted,
+    command_line,
+    path_of_root,
+    shell_of,
+    wanted,
+)
 
 SFTP = "/usr/lib/openssh/sftp-server"
 
@@ -53,3 +60,10 @@ def test_the_shell_inside() -> None:
         assert shell_of(shell, "/bin/bash") == "/bin/bash"
     assert command_line("/bin/bash", Wanted(None)) == (["/bin/bash"], "-bash")
     assert command_line("/bin/bash", Wanted("a b")) == (["/bin/bash", "-c", "a b"], "bash")
+
+
+def test_root_finds_its_programs() -> None:
+    assert path_of_root("/usr/bin:/bin") == "/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"
+    full = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    assert path_of_root(full) == full
+    assert path_of_root("").endswith("/usr/local/bin:/usr/bin:/bin")
