@@ -1,0 +1,86 @@
+"""`sdee deploy` and `sdee cache`, as a user without privileges runs them."""
+
+from __future__ import annotations
+
+import json
+import os
+import pwd
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+Sdee = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture
+def sdee(alice: object) -> Iterator[Sdee]:
+    """Run `sdee` as alice, in whose default environment are two files."""
+    account = pwd.getpwnam(alice.name)  # type: ignore[attr-defined]
+    local = Path(account.pw_dir) / ".local"
+
+    def call(*words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+        code = "import sys; from sdee_launch.cli import main; sys.exit(main(sys.argv[1:]))"
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", code, *words],
+            user=account.pw_uid,
+            group=account.pw_gid,
+            extra_groups=[],
+            cwd="/",
+            env={"HOME": account.pw_dir, "PATH": os.environ["PATH"], "USER": account.pw_name},
+            capture_output=True,
+            text=True,
+            timeout=100,
+        )
+        assert done.returncode == status, (words, done.stdout, done.stderr)
+        assert "Traceback" not in done.stderr
+        return done
+
+    call("env", "create", "default")
+    upper = local / "share/sdee/environments/default/upper"
+    upper.mkdir(exist_ok=True)
+    os.chown(upper, account.pw_uid, account.pw_gid)
+    for name in ("one", "two"):
+        (upper / name).write_text(name)
+        os.chown(upper / name, account.pw_uid, account.pw_gid)
+    yield call
+    shutil.rmtree(local)
+
+
+def test_plan_push_status(sdee: Sdee) -> None:
+    plan = json.loads(sdee("deploy", "plan", "--json").stdout)
+    assert (plan["new_files"], plan["new_bytes"]) == (2, 6)
+    assert "default@1: 2 new files" in sdee("deploy", "push").stdout
+    assert "nothing has changed" in sdee("deploy", "push").stdout
+    plan = json.loads(sdee("deploy", "plan", "--json").stdout)
+    assert plan["new_files"] == 0
+    (about,) = json.loads(sdee("deploy", "status", "--json").stdout)
+    assert (about["number"], about["new_files"], about["content"]) == (1, 2, 6)
+    assert "default@1" in sdee("deploy", "status").stdout
+
+
+def test_what_stays_behind_is_the_environment_s_choice(sdee: Sdee) -> None:
+    assert sdee("deploy", "exclude", "--add", "two").stdout == "two\n"
+    plan = json.loads(sdee("deploy", "plan", "--json").stdout)
+    assert (plan["new_files"], plan["excluded"]) == (1, 1)
+    assert sdee("deploy", "exclude", "--remove", "two").stdout == ""
+    assert "isn't excluded" in sdee("deploy", "exclude", "--remove", "two", status=1).stderr
+
+
+def test_mistakes_get_one_line(sdee: Sdee) -> None:
+    for words in (
+        ("deploy", "plan", "--env", "no-such"),
+        ("deploy", "push", "--env", "../x"),
+        ("cache", "prune", "--limit", "many"),
+    ):
+        done = sdee(*words, status=1)
+        assert len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_an_empty_cache_is_no_failure(sdee: Sdee) -> None:
+    assert json.loads(sdee("cache", "list", "--json").stdout) == []
+    assert "0 generations removed" in sdee("cache", "prune").stdout
+    sdee("cache", "verify", "--checksum")
