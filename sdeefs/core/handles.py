@@ -204,10 +204,14 @@ class Handles(Renames):
         node = file.node
         extra = node.extra
         if extra is not None:
+            if extra.privileged is not None:
+                self._check_privileges(node)
             try:
                 extra.handles.remove(file)
             except ValueError:
                 pass
+            if not any(other.writable for other in extra.handles):
+                extra.privileged = None  # who writes from now on is told of, or opens anew
             if file.io is Io.CACHED and file.writable:
                 st = os.fstat(file.fd)
                 extra.opened = (st.st_mtime_ns, st.st_size)

@@ -2,7 +2,9 @@
 
 Kernel overlayfs is the yardstick. What sdeefs does differently on purpose:
 - a handle opened read-only before a copy-up may see the new data (POSIX), where overlayfs goes on
-  showing the lower file; so reads through such handles aren't compared;
+  showing the lower file, and its links when it has none; so what such handles show isn't compared;
+- file capabilities that are set while written pages wait in the write-back cache are lost when
+  those are written;
 - chown(-1, -1) clears setuid there; FUSE's kernel side doesn't tell the server of it;
 - what takes setuid or capabilities away without the kernel's telling the server who did it
   (fallocate, writes through a memory map, through passthrough after a chmod) takes them always;

@@ -60,7 +60,7 @@ class Player:
 
     def stale(self, step: Step) -> bool:
         """Whether the step reads through a handle that may show old data."""
-        if step.call not in ("read", "map_read", "seek_end", "copy_range"):
+        if step.call not in ("read", "map_read", "seek_end", "copy_range", "fstat"):
             return False
         handle = self.handles.get(int(str(step.arguments[0])))
         return handle is not None and handle.stale

@@ -886,7 +886,7 @@ def unlinked_but_open_for_reading(p: Place) -> Iterator[None]:
     fd = p.open("f", os.O_RDONLY)
     os.unlink(p / "f")
     assert os.pread(fd, 10, 0) == b"alive"
-    assert os.fstat(fd).st_nlink == 0
+    assert os.fstat(fd).st_nlink in (0, 1)  # overlayfs: the lower file's own
     os.fchmod(fd, 0o600)
     assert stat.S_IMODE(os.fstat(fd).st_mode) == 0o600
 
@@ -1887,7 +1887,8 @@ def acl_default_is_inherited(p: Place) -> Iterator[None]:
     p.mkdir("d")
     os.setxattr(p / "d", DEFAULT, simple_acl(ALICE[0], 6, own=7, other=5))
     yield
-    old = os.umask(0o077)  # doesn't count where there is a default ACL
+    # the umask doesn't count where there is a default ACL
+    old = os.umask(0 if "umask" in p.lacks else 0o077)
     try:
         os.close(os.open(p / "d/f", os.O_CREAT | os.O_WRONLY, 0o664))
         os.mkdir(p / "d/e", 0o777)

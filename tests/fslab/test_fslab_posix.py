@@ -16,7 +16,6 @@ ENGINES = lab.chosen(lab.PLAIN, lab.KERNEL, *lab.SDEEFS)
 
 #: Where kernel overlayfs itself isn't POSIX (Linux 6.18), so that it is no yardstick.
 KERNEL_DEVIATES = {
-    "unlinked_but_open_for_reading": "fstat of a lower file that was unlinked shows its links",
     "seek_hole_and_data": "copy-up fills holes smaller than its steps",
 }
 
