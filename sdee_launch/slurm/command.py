@@ -34,6 +34,7 @@ def add_parser(subparsers: Subparsers) -> None:
     jobs.set_defaults(function=_jobs)
     node = subparsers.add_parser("node", help="for root: instances, jobs and caches of this node")
     node.add_argument("--json", action="store_true")
+    node.add_argument("--rescan", action="store_true", help="scan for hidden files first")
     node.set_defaults(function=_node)
 
 
@@ -98,7 +99,7 @@ def _size(count: int) -> str:
 
 def _node(options: argparse.Namespace) -> int:
     try:
-        reply = {**protocol.request("node")[0], **protocol.request("job-node")[0]}
+        reply = {**protocol.request("node", rescan=options.rescan)[0], **protocol.request("job-node")[0]}
     except (protocol.Refused, protocol.Unavailable) as error:
         print(f"sdee node: {error}", file=sys.stderr)
         return 1
