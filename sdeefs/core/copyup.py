@@ -274,7 +274,8 @@ class CopyUp(AttributesRoom):
         self._set_origin(fd_path(fd), True, prepared.origin)
         if secret:
             self._mark(fd_path(fd), self.names.secret, b"y", must=True)
-        set_times(fd, b"", source.st_atime_ns, source.st_mtime_ns)
+        if os.fstat(fd).st_size == source.st_size:  # else it is cut off: changed, from the first
+            set_times(fd, b"", source.st_atime_ns, source.st_mtime_ns)
         self._put_in_place(node, prepared.name, os.fstat(fd), prepared)
         if extra is not None and extra.handles:
             for handle in extra.handles:

@@ -32,6 +32,7 @@ from sdeefs.core.nodes import (
 )
 from sdeefs.core.secrets import Secrets
 
+_new = tuple.__new__
 Lowers = tuple[tuple[int, bytes], ...]
 
 
@@ -190,10 +191,8 @@ class Lookup(Secrets):
                 if self.names.origin in words:
                     value = get_xattr(path, self.names.origin)
                     shown, lower_nlink, index = self._origin(value or b"", st)
-        return Found(
-            st, UPPER, shown or self.compose(st.st_ino, layer),
-            in_index=index, secret=secret, lower_nlink=lower_nlink,
-        )  # fmt: skip
+        shown = shown or self.compose(st.st_ino, layer)
+        return _new(Found, (st, UPPER, shown, (), 0, None, index, secret, lower_nlink))
 
     def _origin(self, value: bytes, st: os.stat_result) -> tuple[int, int, bytes | None]:
         """(st_ino, links in lower, name in the index) of what an object was copied up from."""
@@ -252,8 +251,11 @@ class Lookup(Secrets):
                 if error.errno in (errno.EXDEV, errno.ESTALE):
                     continue  # another mount's place, or replaced under us: nothing is there
                 raise
-            if st.st_mode & 0o170000 != stat.S_IFDIR:
-                if self._is_whiteout(layer, fd, name, st):
+            kind = st.st_mode & 0o170000
+            if kind != stat.S_IFDIR:
+                if (kind == stat.S_IFCHR or layer.xwhiteouts) and self._is_whiteout(
+                    layer, fd, name, st
+                ):
                     return False
                 return self._found_lower_file(fd, name, st, layer)
             rest = parent.lowers[position:]
@@ -289,7 +291,7 @@ class Lookup(Secrets):
                             there, UPPER, shown,
                             in_index=index, secret=secret, lower_nlink=st.st_nlink,
                         )  # fmt: skip
-        return Found(st, layer.index, shown, secret=secret, lower_nlink=st.st_nlink)
+        return _new(Found, (st, layer.index, shown, (), 0, None, None, secret, st.st_nlink))
 
     def _stat_index(self, index: bytes) -> os.stat_result | None:
         assert self.upper is not None
