@@ -11,7 +11,7 @@ def main() -> int:
     if arguments and arguments[0] in ("run", "shell"):
         from sdee_launch import session
 
-        return session.main(arguments)
+        return int(session.main(arguments))
     from sdee_launch import cli
 
     return cli.main(arguments)

@@ -49,6 +49,8 @@ class Lab:
             "PYTHONDONTWRITEBYTECODE": "1",
             **self.more,
         }
+        if "PYTHONPATH" in os.environ:
+            found["PYTHONPATH"] = os.environ["PYTHONPATH"]
         if self.daemon is not None:
             found["SDEED_SOCKET"] = self.daemon.socket
         return found
