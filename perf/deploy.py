@@ -30,7 +30,7 @@ COPIES = {
 
 def _upper(scratch: Path, name: str, files: int, size: int) -> Path:
     """An upper of `files` files that together have `size` bytes and don't compress."""
-    path = scratch / "uppers" / name
+    path = scratch / "uppers" / name.replace(" ", "").replace(",", "")
     if path.exists():
         return path
     path.mkdir(parents=True)
