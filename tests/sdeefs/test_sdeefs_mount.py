@@ -166,9 +166,10 @@ def test_a_stuck_server_is_told_of_and_aborted(lab: Lab) -> None:
         assert time.monotonic() - started < 20
         lab.sdeefs("umount", "--force", lab.merged)
         assert not mounted(lab.merged)
+        assert not alive(pid)
     finally:
-        os.kill(pid, signal.SIGKILL)
-    lab.ended(pid)
+        if alive(pid):
+            os.kill(pid, signal.SIGKILL)
 
 
 def test_sighup_opens_the_log_anew(lab: Lab) -> None:
