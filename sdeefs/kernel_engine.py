@@ -18,12 +18,19 @@ from sdeefs.refusals import absolute, unused
 #: Settings that only change how sdeefs works, not what merged shows.
 _MEANS_NOTHING = {"lower_timeout", "upper_timeout", "max_directories", "override_stat"}
 
+_SPELT = {
+    "uid_upper": "uidmap",
+    "uid_lower": "uidmap",
+    "gid_upper": "gidmap",
+    "gid_lower": "gidmap",
+}
+
 
 def why_not(options: Options) -> str | None:
     """Why kernel overlayfs can't serve this, or None: a trial mount settles it."""
     from mount_helpers.probe import kernel_overlay
 
-    unknown = sorted(set(options.only_sdeefs) - _MEANS_NOTHING)
+    unknown = sorted({_SPELT.get(n, n) for n in set(options.only_sdeefs) - _MEANS_NOTHING})
     if unknown:
         return f"it has no option {', '.join(unknown)}"
     if options.upper is None or options.read_only:

@@ -43,6 +43,14 @@ def give_up(capability: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
+def directories_to_keep() -> int:
+    """How many directory descriptors leave room for as many open files as may be expected."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return 1024
+    return min(1024, max(16, soft // 4))
+
+
 def settle() -> None:
     """Make this process a file server: modes as callers give them, many descriptors, and no right
     to the blocks that are reserved or over quota, which our callers don't have either."""

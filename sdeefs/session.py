@@ -14,6 +14,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from mount_helpers import syscalls
@@ -84,6 +85,8 @@ class Session:
         self._locks = refusals.lock_layers(self.options)
         userxattr = not privileges.on_host()
         settings = self.options.settings(userxattr=userxattr)
+        if "max_directories" not in self.options.fields:
+            settings = replace(settings, max_directories=privileges.directories_to_keep())
         self.filesystem = Filesystem(settings)
         self._opened = True
         self._start_watch()
@@ -154,8 +157,6 @@ class Session:
         return device
 
     def _transport_options(self) -> TransportOptions:
-        from dataclasses import replace
-
         from sdeefs.transports.transport import TransportOptions
 
         options = self.options

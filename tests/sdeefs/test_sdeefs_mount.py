@@ -61,7 +61,7 @@ def test_mounted_by_its_own_engine_and_by_the_kernel(lab: Lab) -> None:
 
 def test_auto_takes_sdeefs_for_what_the_kernel_has_no_word_for(lab: Lab) -> None:
     said = lab.mount("--engine", "auto", "-v", "-o", "uidmap=0:0:65536")
-    assert "engine fuse" in said.stderr and "uid_lower" in said.stderr
+    assert "engine fuse" in said.stderr and "option uidmap" in said.stderr
     lab.umount()
     refused = lab.mount("--engine", "kernel", "-o", "uidmap=0:0:65536", status=1)
     assert "kernel overlayfs can't" in refused.stderr
@@ -269,3 +269,25 @@ def test_a_copy_in_another_mount_namespace_is_told_of(lab: Lab) -> None:
         keeper.wait(10)
         assert keeper.stdout is not None
         keeper.stdout.close()
+
+
+def test_with_few_descriptors(lab: Lab) -> None:
+    """Where the limit is low and can't be raised, directories make room for files."""
+    for number in range(300):
+        (lab.lower / f"d{number}").mkdir()
+        (lab.lower / f"d{number}" / "file").write_text(str(number))
+    script = (
+        "import resource, sys; from sdeefs.cli import main;"
+        "from sdeefs import privileges; privileges.give_up(privileges.CAP_SYS_RESOURCE);"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256)); sys.exit(main())"
+    )
+    command = [sys.executable, "-c", script, "mount", lab.upper, lab.lower, lab.merged]
+    subprocess.run(command, check=True, timeout=60)
+    for _ in range(2):
+        for number in range(300):
+            assert (lab.merged / f"d{number}" / "file").read_text() == str(number)
+    with open(lab.merged / "d7" / "file", "a") as file:
+        file.write("!")
+    assert int(str(lab.status()["open_descriptors"])) < 200
+    subprocess.run(["umount", str(lab.merged)], check=True, timeout=30)
+    assert (lab.upper / "d7" / "file").read_text() == "7!"
