@@ -372,7 +372,7 @@ def differences(ours: dict[str, Result], theirs: dict[str, Result]) -> list[str]
 
 
 def build_lower(root: str, xattrs: bool = True) -> None:
-    """A small tree with one of everything, all times long ago."""
+    """A small tree with one of everything, all times long ago; without xattrs: no devices too."""
     for path, mode in (
         ("a", 0o755), ("a/b", 0o755), ("a/b/c", 0o777), ("d", 0o777), ("e", 0o755), ("s", 0o755),
         ("t", 0o755), ("u", 0o755), ("u/v", 0o755),
@@ -405,6 +405,8 @@ def build_lower(root: str, xattrs: bool = True) -> None:
     os.chown(f"{root}/a/b/c/f0", 60001, 60003)
     if xattrs:
         _set_xattrs(root)
+    else:
+        os.unlink(f"{root}/u/null")
     for index, (directory, directories, files) in enumerate(os.walk(root, topdown=False)):
         for name in sorted((*files, *directories, ".")):
             moment = 900_000_000_000_000_000 + index * 10**9 + len(name)

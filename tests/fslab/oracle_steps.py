@@ -218,11 +218,15 @@ class Generator:
 
     def _rename(self) -> tuple[object, ...]:
         target = self._any() if self.rng.random() < 0.4 else self._new()
-        return (self._any(), target, self.rng.choices((0, 1, 2), (8, 1, 2))[0])
+        return (self._any(), target, self._rename_flags())
 
     def _rename_directory(self) -> tuple[object, ...]:
         target = self._any(stat.S_IFDIR) if self.rng.random() < 0.3 else self._new()
-        return (self._any(stat.S_IFDIR), target, self.rng.choices((0, 1, 2), (8, 1, 2))[0])
+        return (self._any(stat.S_IFDIR), target, self._rename_flags())
+
+    def _rename_flags(self) -> int:
+        flags = self.rng.choices((0, 1, 2), (8, 1, 2))[0]
+        return 0 if flags == 2 and "exchange" in self.lacks else flags
 
     def _link(self) -> tuple[object, ...]:
         return (self._any(), self._new())
@@ -235,6 +239,8 @@ class Generator:
         kind = self.rng.choice(
             (stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFREG, stat.S_IFCHR, stat.S_IFBLK)
         )
+        if "devices" in self.lacks and kind in (stat.S_IFCHR, stat.S_IFBLK):
+            kind = stat.S_IFIFO
         device = os.makedev(1, 3) if kind in (stat.S_IFCHR, stat.S_IFBLK) else 0
         return (self._new(), kind | self._mode() & 0o777, device)
 

@@ -114,7 +114,7 @@ def check(layers: lab.Layers) -> None:
     done = subprocess.run(command, check=False, capture_output=True, timeout=120)
     assert done.stdout, done.stderr.decode()
     report = json.loads(done.stdout)
-    other = [p for p in report["problems"] if p["kind"] != "work"]
+    other = [f for f in report["findings"] if f["problem"] != "left-over work file"]
     assert not other, other
 
 
