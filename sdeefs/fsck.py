@@ -18,10 +18,11 @@ from sdeefs.layer_format import (
     open_root,
 )
 
-#: What overlayfs itself writes below its prefix (Documentation/filesystems/overlayfs.rst).
+#: What overlayfs itself writes below its prefix (Documentation/filesystems/overlayfs.rst), and
+#: the one word of ours (`sdeefs.core.formats`), which it ignores.
 _KNOWN = {
     b"opaque", b"redirect", b"origin", b"impure", b"nlink", b"upper", b"uuid", b"metacopy",
-    b"protattr", b"whiteout", b"whiteouts",
+    b"protattr", b"whiteout", b"sdeefs.secret",
 }  # fmt: skip
 _ESCAPE = b"overlay."  # of an overlay nested in merged: `PREFIX + overlay.NAME`
 

@@ -39,6 +39,7 @@ def test_a_good_upper(layers: tuple[Path, Path, Path]) -> None:
     os.setxattr(upper / "dir", "trusted.overlay.opaque", b"y")
     os.setxattr(upper / "dir", "trusted.overlay.origin", b"\0\xfb")
     os.setxattr(upper / "dir", "trusted.overlay.overlay.opaque", b"nested")
+    os.setxattr(upper / "dir", "trusted.overlay.sdeefs.secret", b"y")
     assert fsck(upper) == (0, {})
     assert fsck(upper, lower) == (0, {})
 
