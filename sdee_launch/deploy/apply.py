@@ -265,10 +265,9 @@ class Apply:
         for new in self.manifest():
             if new.kind != "d":
                 continue
-            parts = entries.sort_key(new.path)
             while waiting:
-                above = entries.sort_key(waiting[-1].path)
-                if parts[: len(above)] == above:
+                above = waiting[-1].path
+                if not above or new.path.startswith(above + b"/"):
                     break
                 leave(waiting.pop())
             waiting.append(new)

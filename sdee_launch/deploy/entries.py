@@ -1,15 +1,15 @@
 """One object of an upper as a manifest has it, and a manifest as a compressed file of them.
 
-A manifest is a stream of JSON lines under zstd, one per object, in the order of `sort_key`: a
-directory stands before what is in it. Ids are those inside the environment. Names are bytes; in
-JSON they stand as `os.fsdecode` gives them.
+A manifest is lines of fields between tabs under zstd, one per object, in the order of `sort_key`: a
+directory stands before what is in it. Ids are those inside the environment. Names are bytes, in
+which a tab, a newline and a backslash are escaped; xattrs are pairs in base64. It is read and
+written at each submission, and so has a form that costs little.
 """
 
 from __future__ import annotations
 
-import base64
-import json
-import os
+import re
+from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator
 from typing import IO, Any, NamedTuple
 
@@ -17,10 +17,11 @@ import zstandard
 
 from sdee_launch.deploy.errors import Damaged
 
-FORMAT = 1
+_HEADER = b"sdee-manifest\t1"
 #: A line longer than this is no manifest of ours (names, link target and xattrs are bounded).
 MAX_LINE = 1 << 20
 #: Names of xattrs that travel. Others are root's matter, or mean nothing on another machine.
+_KINDS = frozenset("dflcp")
 XATTRS = (b"user.", b"security.capability", b"system.posix_acl_")
 
 
@@ -43,9 +44,9 @@ class Entry(NamedTuple):
     inode: int = 0
 
 
-def sort_key(path: bytes) -> list[bytes]:
+def sort_key(path: bytes) -> bytes:
     """The order of a manifest: by components, so that a directory's objects follow it."""
-    return path.split(b"/") if path else []
+    return path.replace(b"/", b"\0")
 
 
 def same_content(a: Entry, b: Entry) -> bool:
@@ -55,80 +56,117 @@ def same_content(a: Entry, b: Entry) -> bool:
 
 def same_object(a: Entry, b: Entry) -> bool:
     """Whether nothing that a node would see differs."""
-    return a._replace(ctime_ns=0, inode=0, digest="") == b._replace(ctime_ns=0, inode=0, digest="")
+    return a[:11] == b[:11]  # up to `generation`
+
+
+def with_content(entry: Entry, old: Entry) -> Entry:
+    """The entry with the content that `old` says: its package and digest."""
+    return Entry._make(entry[:10] + old[10:12] + entry[12:])
+
+
+_ESCAPES = {b"\\": b"\\\\", b"\t": b"\\t", b"\n": b"\\n"}
+_ESCAPED = re.compile(rb"[\\\t\n]")
+_UNESCAPED = re.compile(rb"\\(.)")
+_CHARACTERS = {b"\\": b"\\", b"t": b"\t", b"n": b"\n"}
+
+
+def _escape(text: bytes) -> bytes:
+    return _ESCAPED.sub(lambda match: _ESCAPES[match[0]], text)
+
+
+def _unescape(text: bytes) -> bytes:
+    return _UNESCAPED.sub(lambda match: _CHARACTERS[match[1]], text)
 
 
 def encode(entry: Entry) -> bytes:
     """One line."""
-    record: dict[str, Any] = {
-        "p": os.fsdecode(entry.path),
-        "k": entry.kind,
-        "m": entry.mode,
-        "u": entry.uid,
-        "g": entry.gid,
-        "t": entry.mtime_ns,
-    }
-    if entry.kind == "f":
-        record |= {"s": entry.size, "n": entry.generation, "d": entry.digest}
-        record |= {"c": entry.ctime_ns, "i": entry.inode}
-    if entry.group:
-        record["h"] = entry.group
-    if entry.target:
-        record["l"] = os.fsdecode(entry.target)
+    xattrs = b""
     if entry.xattrs:
-        record["x"] = {
-            os.fsdecode(name): base64.b64encode(value).decode() for name, value in entry.xattrs
-        }
-    return json.dumps(record, separators=(",", ":")).encode() + b"\n"
+        xattrs = b",".join(b64encode(k) + b":" + b64encode(v) for k, v in entry.xattrs)
+    return b"%b\t%b\t%d\t%d\t%d\t%d\t%d\t%b\t%b\t%d\t%d\t%b\t%d\t%d\n" % (
+        _escape(entry.path),
+        entry.kind.encode(),
+        entry.mode,
+        entry.uid,
+        entry.gid,
+        entry.mtime_ns,
+        entry.size,
+        _escape(entry.target) if entry.target else b"",
+        xattrs,
+        entry.group,
+        entry.generation,
+        entry.digest.encode(),
+        entry.ctime_ns,
+        entry.inode,
+    )
 
 
 def decode(line: bytes) -> Entry:
     """The entry of a line. Raises Damaged on anything that `encode` wouldn't write."""
     try:
-        record = json.loads(line)
-        path = os.fsencode(record["p"])
+        (
+            path,
+            kind,
+            mode,
+            uid,
+            gid,
+            mtime,
+            size,
+            target,
+            marks,
+            group,
+            number,
+            digest,
+            ctime,
+            inode,
+        ) = line.split(b"\t")
+        if b"\\" in path:
+            path = _unescape(path)
+        xattrs: tuple[tuple[bytes, bytes], ...] = ()
+        if marks:
+            pairs = (pair.split(b":") for pair in marks.split(b","))
+            xattrs = tuple((b64decode(k), b64decode(v)) for k, v in pairs)
         entry = Entry(
             path,
-            record["k"],
-            int(record["m"]),
-            int(record["u"]),
-            int(record["g"]),
-            int(record["t"]),
-            int(record.get("s", 0)),
-            os.fsencode(record.get("l", "")),
-            tuple(
-                (os.fsencode(name), base64.b64decode(value, validate=True))
-                for name, value in record.get("x", {}).items()
-            ),
-            int(record.get("h", 0)),
-            int(record.get("n", 0)),
-            str(record.get("d", "")),
-            int(record.get("c", 0)),
-            int(record.get("i", 0)),
+            kind.decode("ascii"),
+            int(mode),
+            int(uid),
+            int(gid),
+            int(mtime),
+            int(size),
+            _unescape(target) if target else b"",
+            xattrs,
+            int(group),
+            int(number),
+            digest.decode("ascii"),
+            int(ctime),
+            int(inode),
         )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError) as error:
         raise Damaged(f"a manifest has a line that can't be read ({error})") from None
     if not proper(entry):
         raise Damaged(f"a manifest names what no upper can have: {entry.path[:80]!r}")
     return entry
 
 
+#: An empty component, `.`, `..`, a name that is too long.
+_TRICK = re.compile(rb"(?:\A|/)\.{0,2}(?:/|\Z)|[^/]{256}|\0")
+
+
 def proper(entry: Entry) -> bool:
     """Whether an entry could be an object of an upper: a relative path without tricks, a known kind."""
-    parts = entry.path.split(b"/") if entry.path else []
+    path, kind, mode, uid, gid, mtime, size, target, xattrs = entry[:9]
     return (
-        entry.kind in ("d", "f", "l", "c", "p")
-        and all(part not in (b"", b".", b"..") and len(part) <= 255 for part in parts)
-        and b"\0" not in entry.path
-        and b"\0" not in entry.target
-        and (bool(parts) or entry.kind == "d")
-        and 0 <= entry.mode <= 0o7777
-        and 0 <= entry.uid < 2**32
-        and 0 <= entry.gid < 2**32
-        and 0 <= entry.size < 2**63
-        and -(2**63) < entry.mtime_ns < 2**63
+        kind in _KINDS
+        and (not _TRICK.search(path) if path else kind == "d")
+        and b"\0" not in target
+        and 0 <= mode <= 0o7777
+        and 0 <= uid < 1 << 32
+        and 0 <= gid < 1 << 32
+        and 0 <= size < 1 << 63
+        and -(1 << 63) < mtime < 1 << 63
         and entry.generation >= 0
-        and all(name.startswith(XATTRS) for name, _ in entry.xattrs)
+        and all(name.startswith(XATTRS) for name, _ in xattrs)
     )
 
 
@@ -138,20 +176,27 @@ class Writer:
     def __init__(self, file: IO[bytes]) -> None:
         self.entries = 0
         self._stream = zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False)
-        self._stream.write(json.dumps({"sdee-manifest": FORMAT}).encode() + b"\n")
+        self._lines = [_HEADER + b"\n"]
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         if kind is None:
-            self._stream.write(json.dumps({"end": self.entries}).encode() + b"\n")
+            self._lines.append(b"end\t%d\n" % self.entries)
+            self._flush()
             self._stream.close()  # type: ignore[no-untyped-call]
 
     def add(self, entry: Entry) -> None:
         """Append an entry; the caller keeps the order."""
-        self._stream.write(encode(entry))
+        self._lines.append(encode(entry))
         self.entries += 1
+        if len(self._lines) >= 256:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._stream.write(b"".join(self._lines))
+        self._lines.clear()
 
 
 def _lines(file: Any) -> Iterator[bytes]:
@@ -176,20 +221,15 @@ def _lines(file: Any) -> Iterator[bytes]:
 def read(file: Any) -> Iterator[Entry]:
     """The entries of a manifest, in order. Raises Damaged where it is cut off or isn't one."""
     lines = _lines(file)
-    last: list[bytes] | None = None
+    last: bytes | None = None
     count = 0
-    try:
-        if json.loads(next(lines, b"")).get("sdee-manifest") != FORMAT:
-            raise Damaged("a manifest has another format than this version's")
-    except (ValueError, AttributeError):
-        raise Damaged("this is no manifest") from None
+    header = next(lines, b"")
+    if header != _HEADER:
+        known = header.startswith(b"sdee-manifest")
+        raise Damaged("a manifest has another format" if known else "this is no manifest")
     for line in lines:
-        if line.startswith(b'{"end":'):
-            try:
-                right = json.loads(line)["end"] == count
-            except ValueError:
-                right = False
-            if not right:
+        if line.startswith(b"end\t") and line.count(b"\t") == 1:
+            if line != b"end\t%d" % count:
                 raise Damaged("a manifest doesn't have as many entries as it says")
             return
         entry = decode(line)
@@ -206,16 +246,21 @@ def merge(
     old: Iterable[Entry], new: Iterable[Entry]
 ) -> Iterator[tuple[Entry | None, Entry | None]]:
     """Both streams side by side: (old, new) of each path, None where it has none."""
-    nothing = None
     olds, news = iter(old), iter(new)
-    a, b = next(olds, nothing), next(news, nothing)
-    while a is not None or b is not None:
-        if b is None or (a is not None and sort_key(a.path) < sort_key(b.path)):
-            yield a, None
-            a = next(olds, nothing)
-        elif a is None or sort_key(b.path) < sort_key(a.path):
-            yield None, b
-            b = next(news, nothing)
-        else:
+    a, b = next(olds, None), next(news, None)
+    while a is not None and b is not None:
+        if a.path == b.path:
             yield a, b
-            a, b = next(olds, nothing), next(news, nothing)
+            a, b = next(olds, None), next(news, None)
+        elif sort_key(a.path) < sort_key(b.path):
+            yield a, None
+            a = next(olds, None)
+        else:
+            yield None, b
+            b = next(news, None)
+    while a is not None:
+        yield a, None
+        a = next(olds, None)
+    while b is not None:
+        yield None, b
+        b = next(news, None)

@@ -30,9 +30,12 @@ class Excluded:
 
     def __init__(self, patterns: Iterable[str]) -> None:
         self.patterns = tuple(dict.fromkeys(p.strip("/") for p in patterns if p.strip("/")))
-        whole = [p for p in self.patterns if "/" in p]
         parts = [p for p in self.patterns if "/" not in p]
-        self._whole = [(p.count("/") + 1, self._compile([p])) for p in whole]
+        depths: dict[int, list[str]] = {}
+        for pattern in self.patterns:
+            depths.setdefault(pattern.count("/"), []).append(pattern)
+        depths.pop(0, None)
+        self._whole = {depth: self._compile(patterns) for depth, patterns in depths.items()}
         self._part = self._compile(parts) if parts else None
 
     @staticmethod
@@ -45,5 +48,5 @@ class Excluded:
         name = text.rpartition("/")[2]
         if self._part is not None and self._part.match(name):
             return True
-        depth = text.count("/") + 1
-        return any(depth == levels and pattern.match(text) for levels, pattern in self._whole)
+        whole = self._whole.get(text.count("/"))
+        return whole is not None and whole.match(text) is not None

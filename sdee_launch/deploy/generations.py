@@ -207,7 +207,7 @@ class _Snapshot:
             return None
         if (before.size, before.mtime_ns) != (entry.size, entry.mtime_ns):
             return None
-        kept = entry._replace(generation=before.generation, digest=before.digest)
+        kept = entries.with_content(entry, before)
         same = (before.ctime_ns, before.inode) == (entry.ctime_ns, entry.inode)
         if same and not self.checksum:
             return kept

@@ -16,6 +16,7 @@ from sdee_launch.deploy.entries import XATTRS, Entry
 from sdee_launch.deploy.errors import DeployProblem
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+KINDS = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l", stat.S_IFIFO: "p"}
 #: These name objects of the source's disk.
 LOCAL_XATTRS = (
     b"user.overlay.origin",
@@ -111,28 +112,20 @@ class Walk:
         return kind in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO)
 
     def _entry(self, path: bytes, status: os.stat_result, dirfd: int, name: bytes) -> Entry:
-        kind = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l", stat.S_IFIFO: "p"}.get(
-            stat.S_IFMT(status.st_mode), "c"
-        )
-        target = os.readlink(name, dir_fd=dirfd) if kind == "l" else b""
+        kind = KINDS.get(stat.S_IFMT(status.st_mode), "c")
+        mode = stat.S_IMODE(status.st_mode)
+        who = (status.st_uid, status.st_gid, status.st_mtime_ns)
+        if kind == "l":
+            return Entry(path, kind, mode, *who, 0, os.fsencode(os.readlink(name, dir_fd=dirfd)))
+        if kind != "f":
+            return Entry(path, kind, mode, *who, 0, b"", xattrs(dirfd, name) if kind == "d" else ())
         group = 0
-        if kind == "f" and status.st_nlink > 1:
+        if status.st_nlink > 1:
             key = (status.st_dev, status.st_ino)
             group = self._links.setdefault(key, len(self._links) + 1)
-        return Entry(
-            path,
-            kind,
-            stat.S_IMODE(status.st_mode),
-            status.st_uid,
-            status.st_gid,
-            status.st_mtime_ns,
-            status.st_size if kind == "f" else 0,
-            os.fsencode(target),
-            xattrs(dirfd, name) if kind in "df" else (),
-            group,
-            ctime_ns=status.st_ctime_ns if kind == "f" else 0,
-            inode=status.st_ino if kind == "f" else 0,
-        )
+        marks = xattrs(dirfd, name)
+        change = (status.st_ctime_ns, status.st_ino)
+        return Entry(path, kind, mode, *who, status.st_size, b"", marks, group, 0, "", *change)
 
 
 def xattrs(dirfd: int, name: bytes) -> tuple[tuple[bytes, bytes], ...]:

@@ -14,13 +14,15 @@ from pathlib import Path
 import pytest
 
 Sdee = Callable[..., subprocess.CompletedProcess[str]]
+ENVIRONMENT = "deploy-test"
+OURS = ("--env", ENVIRONMENT)
 
 
 @pytest.fixture
 def sdee(alice: object) -> Iterator[Sdee]:
-    """Run `sdee` as alice, in whose default environment are two files."""
+    """Run `sdee` as alice, who has an environment with two files."""
     account = pwd.getpwnam(alice.name)  # type: ignore[attr-defined]
-    local = Path(account.pw_dir) / ".local"
+    share = Path(account.pw_dir) / ".local/share/sdee"
 
     def call(*words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
         code = "import sys; from sdee_launch.cli import main; sys.exit(main(sys.argv[1:]))"
@@ -39,35 +41,36 @@ def sdee(alice: object) -> Iterator[Sdee]:
         assert "Traceback" not in done.stderr
         return done
 
-    call("env", "create", "default")
-    upper = local / "share/sdee/environments/default/upper"
+    call("env", "create", ENVIRONMENT)
+    upper = share / "environments" / ENVIRONMENT / "upper"
     upper.mkdir(exist_ok=True)
     os.chown(upper, account.pw_uid, account.pw_gid)
     for name in ("one", "two"):
         (upper / name).write_text(name)
         os.chown(upper / name, account.pw_uid, account.pw_gid)
     yield call
-    shutil.rmtree(local)
+    call("env", "rm", ENVIRONMENT)
+    shutil.rmtree(share / "spool" / ENVIRONMENT, ignore_errors=True)
 
 
 def test_plan_push_status(sdee: Sdee) -> None:
-    plan = json.loads(sdee("deploy", "plan", "--json").stdout)
+    plan = json.loads(sdee("deploy", "plan", *OURS, "--json").stdout)
     assert (plan["new_files"], plan["new_bytes"]) == (2, 6)
-    assert "default@1: 2 new files" in sdee("deploy", "push").stdout
-    assert "nothing has changed" in sdee("deploy", "push").stdout
-    plan = json.loads(sdee("deploy", "plan", "--json").stdout)
+    assert f"{ENVIRONMENT}@1: 2 new files" in sdee("deploy", "push", *OURS).stdout
+    assert "nothing has changed" in sdee("deploy", "push", *OURS).stdout
+    plan = json.loads(sdee("deploy", "plan", *OURS, "--json").stdout)
     assert plan["new_files"] == 0
-    (about,) = json.loads(sdee("deploy", "status", "--json").stdout)
+    (about,) = json.loads(sdee("deploy", "status", *OURS, "--json").stdout)
     assert (about["number"], about["new_files"], about["content"]) == (1, 2, 6)
-    assert "default@1" in sdee("deploy", "status").stdout
+    assert f"{ENVIRONMENT}@1" in sdee("deploy", "status", *OURS).stdout
 
 
 def test_what_stays_behind_is_the_environment_s_choice(sdee: Sdee) -> None:
-    assert sdee("deploy", "exclude", "--add", "two").stdout == "two\n"
-    plan = json.loads(sdee("deploy", "plan", "--json").stdout)
+    assert sdee("deploy", "exclude", *OURS, "--add", "two").stdout == "two\n"
+    plan = json.loads(sdee("deploy", "plan", *OURS, "--json").stdout)
     assert (plan["new_files"], plan["excluded"]) == (1, 1)
-    assert sdee("deploy", "exclude", "--remove", "two").stdout == ""
-    assert "isn't excluded" in sdee("deploy", "exclude", "--remove", "two", status=1).stderr
+    assert sdee("deploy", "exclude", *OURS, "--remove", "two").stdout == ""
+    assert "isn't excluded" in sdee("deploy", "exclude", *OURS, "--remove", "two", status=1).stderr
 
 
 def test_mistakes_get_one_line(sdee: Sdee) -> None:
@@ -81,6 +84,7 @@ def test_mistakes_get_one_line(sdee: Sdee) -> None:
 
 
 def test_an_empty_cache_is_no_failure(sdee: Sdee) -> None:
+    sdee("cache", "prune")
     assert json.loads(sdee("cache", "list", "--json").stdout) == []
     assert "0 generations removed" in sdee("cache", "prune").stdout
     sdee("cache", "verify", "--checksum")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 import stat
 import tarfile
@@ -171,7 +170,7 @@ def test_a_manifest_that_grows_without_end_is_no_manifest(lab: Lab) -> None:
     def bomb() -> None:
         with open(f"{lab.state}/1.manifest", "wb") as file:
             stream = zstandard.ZstdCompressor().stream_writer(file, closefd=False)
-            stream.write(json.dumps({"sdee-manifest": 1}).encode() + b"\n")
+            stream.write(b"sdee-manifest\t1\n")
             for _ in range(64):
                 stream.write(b"\0" * (1 << 20))
             stream.close()
