@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import select
 import threading
 
 from mount_helpers import fuse
@@ -52,6 +53,11 @@ def abort_connection(device: int) -> bool:
 
     False where that isn't permitted: then it lasts until its last descriptor is closed.
     """
+    # A connection that is gone still tells its number, which may be another mount's by now.
+    poll = select.poll()
+    poll.register(device, 0)
+    if any(events & select.POLLERR for _, events in poll.poll(0)):
+        return True
     try:
         with open(f"/proc/self/fdinfo/{device}", encoding="ascii") as file:  # Linux >= 6.6
             numbers = [line.split()[1] for line in file if line.startswith("fuse_connection:")]
