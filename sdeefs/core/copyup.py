@@ -80,6 +80,7 @@ class CopyUp(AttributesRoom):
             self._copy_up_directory(node)
             return
         self._copy_up_parent(node)
+        self._review(node)
         extra = node.extra
         if extra is not None and extra.secret:
             size = 0

@@ -99,6 +99,7 @@ class Filesystem(Xattrs):
         if change[:6] == (None,) * 6 and not change.kill_suid_sgid:
             return self._answer(node)  # ctime alone: upper keeps its own
         self._writable()
+        self._review(node)
         extra = node.extra
         secret = extra is not None and extra.secret
         if secret and change.size:

@@ -86,6 +86,7 @@ class Handles(Renames):
             )
         truncates = bool(flags & os.O_TRUNC)
         writable = flags & os.O_ACCMODE != os.O_RDONLY or truncates
+        self._review(node)
         extra = node.extra
         if extra is not None and extra.secret and not (writable and truncates):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))

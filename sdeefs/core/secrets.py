@@ -11,6 +11,7 @@ import stat
 
 from sdeefs.core.formats import xattr_path
 from sdeefs.core.ids import ACL_ACCESS, acl_entries
+from sdeefs.core.nodes import UPPER, Node
 from sdeefs.core.union import Union
 
 _USER_OBJ, _USER, _GROUP_OBJ, _GROUP, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x08, 0x10, 0x20
@@ -45,6 +46,17 @@ class Secrets(Union):
         else:
             bits = mode
         return bits & need != need
+
+    def _review(self, node: Node) -> None:
+        """See whether a file of lower is a secret now: its mode may have changed since look-up."""
+        if node.layer == UPPER or node.kind != stat.S_IFREG or not self._hides(node.layer):
+            return
+        fd, name = self._place(node)
+        if not name:  # its name is gone: what was found when it had one stays
+            return
+        secret = self._is_secret(self._stat(node), fd, name)
+        if secret or node.extra is not None:
+            node.more().secret = secret
 
     @staticmethod
     def _acl(fd: int, name: bytes) -> list[tuple[int, int, int]]:
