@@ -8,11 +8,19 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import socket
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, NoReturn
 
 from mount_helpers import syscalls
 from mount_helpers.namespaces import IdRange
+from sdee_launch.init import set_title
+
+if TYPE_CHECKING:
+    from sdeefs.public import Options, Server
 
 KERNEL, FUSE = "kernel", "fuse"
 
@@ -149,8 +157,29 @@ def id_map_option(name: str, ranges: Sequence[IdRange]) -> str:
     return f"{name}=" + ":".join(f"{r.outside}:{r.inside}:{r.count}" for r in ranges)
 
 
-def fuse_mount(layers: Layers, words: Sequence[str]) -> tuple[int, int, int]:
-    """A detached sdeefs mount in a server of its own: (mount, pid, pidfd). Raises EngineProblem."""
+def preload() -> None:
+    """Import what a server needs, so that one that is forked from this process starts at once."""
+    import trio  # noqa: F401
+
+    import sdeefs.core.filesystem
+    import sdeefs.public
+    import sdeefs.session
+    import sdeefs.transports.choose
+    import sdeefs.transports.device
+    import sdeefs.transports.mount_device
+    import sdeefs.watch
+
+    try:
+        import sdeefs.transports.ring  # noqa: F401
+    except ImportError:
+        pass  # without its C extension
+
+
+def fuse_mount(layers: Layers, words: Sequence[str], fork: bool = False) -> tuple[int, int, int]:
+    """A detached sdeefs mount in a server of its own: (mount, pid, pidfd). Raises EngineProblem.
+
+    `fork`: this process has one thread and did `preload()`; the server is a fork of it.
+    """
     from sdeefs import public
 
     fds = [*layers.lowers, layers.upper, layers.work]
@@ -164,10 +193,57 @@ def fuse_mount(layers: Layers, words: Sequence[str]) -> tuple[int, int, int]:
         *words,
     ]
     try:
-        server = public.start_server(public.parse([",".join(options)]), pass_fds=fds)
+        parsed = public.parse([",".join(options)])
+        if fork:
+            server = _forked_server(parsed, fds)
+        else:
+            server = public.start_server(parsed, pass_fds=fds)
     except (public.Refused, public.UsageError, OSError) as error:
         raise EngineProblem(f"sdeefs over {os.fsdecode(layers.point)}: {error}") from None
     return server.mount_fd, server.pid, server.pidfd
+
+
+def _forked_server(options: Options, fds: Sequence[int]) -> Server:
+    from sdeefs import public
+
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs:
+        pid = os.fork()
+        if not pid:
+            _serve(public.run_server, options, theirs, fds)
+        theirs.close()
+        try:
+            return public.receive_server(ours, pid)
+        except BaseException:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            raise
+
+
+def _serve(
+    run: Callable[..., int], options: Options, channel: socket.socket, fds: Sequence[int]
+) -> NoReturn:
+    """In the fork: a server and nothing else."""
+    status = 1
+    try:
+        os.setsid()
+        keep = {0, 1, 2, channel.fileno(), *fds}
+        for entry in os.listdir("/proc/self/fd"):
+            if int(entry) not in keep:
+                try:
+                    os.close(int(entry))
+                except OSError:
+                    pass  # the one that read the list
+        null = os.open("/dev/null", os.O_RDWR)
+        os.dup2(null, 0)
+        os.dup2(null, 1)
+        os.close(null)
+        set_title("sdeefs serve")
+        status = run(options, channel)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
 
 
 def pick(engine: str, makers: dict[str, Callable[[], Merged]]) -> Merged:

@@ -49,7 +49,7 @@ def keep_only(member: int, others: Sequence[int]) -> list[int]:
 def set_title(title: str) -> None:
     """What ps shows: over the arguments that the forked interpreter was started with."""
     try:
-        name = ctypes.create_string_buffer(b"sdee-init")
+        name = ctypes.create_string_buffer(title.split(" ")[0].encode()[:15])
         syscalls.prctl(syscalls.PR_SET_NAME, ctypes.addressof(name))
         with open("/proc/self/stat", "rb") as file:
             fields = file.read().rsplit(b")", 1)[1].split()

@@ -15,14 +15,13 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 from sdee_launch import membership, protocol
 
 TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from typing import TypedDict
+if TYPE_CHECKING:  # typing and collections.abc cost more than all the rest
+    from collections.abc import Callable, Sequence
+    from typing import NoReturn, TypedDict
 
     class Options(TypedDict):
         """What stands before the command."""
@@ -433,8 +432,9 @@ def _stay(pid: int, everything: set[int], terminal: int | None) -> int:
                 return os.WEXITSTATUS(status)
         elif number == signal.SIGCONT:
             _continue(pid)
-        elif info.si_code != _SI_KERNEL:
-            # What the terminal sends, the command has got itself.
+        elif info.si_code != _SI_KERNEL or number == signal.SIGHUP:
+            # What the terminal sends, the command has got itself; but for its hang-up, of which
+            # only the session's leader hears, and that is us after a login.
             try:
                 os.kill(pid, number)
             except OSError:

@@ -363,6 +363,7 @@ def _fuse(
     volatile: bool,
 ) -> Merged:
     merged = Merged(engines.FUSE)
+    engines.preload()
     words = [
         engines.id_map_option("lower_uidmap", maps[0]),
         engines.id_map_option("lower_gidmap", maps[1]),
@@ -380,7 +381,7 @@ def _fuse(
             lower = _bare(point)
             merged.fds.append(lower)
             mount, pid, pidfd = engines.fuse_mount(
-                Layers(point, (*lowers, lower), upper, work), [*words, *own]
+                Layers(point, (*lowers, lower), upper, work), [*words, *own], fork=True
             )
             merged.mounts.append((point, mount))
             merged.servers.append((pid, pidfd))
