@@ -57,8 +57,9 @@ LIMITS = Limits()
 class Keeper:
     """The daemon's end of one user's keeper process."""
 
-    def __init__(self, sock: trio.socket.SocketType) -> None:
+    def __init__(self, sock: trio.socket.SocketType, pidfd: int) -> None:
         self._sock = sock
+        self._pidfd = pidfd
         self._turn = trio.Lock()
         self.used_at = trio.current_time()
         self.busy = 0
@@ -92,8 +93,14 @@ class Keeper:
         return reply, got
 
     def close(self) -> None:
-        """Let the process end."""
+        """Let the process end, when it has done what it is at."""
         self._sock.close()
+        os.close(self._pidfd)
+
+    def kill(self) -> None:
+        """End the process now: it hangs on something of its user's."""
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
 
 class Daemon:
@@ -136,7 +143,10 @@ class Daemon:
                     raise
                 finally:
                     its.close()
-                found = self._keepers[uid] = Keeper(trio.socket.from_stdlib_socket(ours))
+                sock = trio.socket.from_stdlib_socket(ours)
+                hello, _ = await receive(sock, 0, keeper.MAX_MESSAGE)
+                pidfd = os.pidfd_open(int(str(hello["pid"])))
+                found = self._keepers[uid] = Keeper(sock, pidfd)
             found.used_at = trio.current_time()
             return found
 
@@ -148,13 +158,21 @@ class Daemon:
             found = await self.keeper(uid)
             try:
                 return await found.ask(message, fds)
+            except trio.Cancelled:
+                if message["do"] == "make":
+                    found.kill()
+                    self._drop(uid, found)
+                raise
             except Refused as error:
                 if last or "died" not in str(error):
                     raise
-                if self._keepers.get(uid) is found:
-                    del self._keepers[uid]
-                    found.close()
+                self._drop(uid, found)
         raise AssertionError("not reached")
+
+    def _drop(self, uid: int, found: Keeper) -> None:
+        if self._keepers.get(uid) is found:
+            del self._keepers[uid]
+            found.close()
 
     async def call(
         self,
@@ -295,6 +313,7 @@ class Daemon:
         if done.returncode:
             raise RuntimeError(f"mask_scan ended with {done.returncode}")
         await trio.to_thread.run_sync(self.masks.accept, done.stdout.decode("ascii"), started)
+        self.masks.prune([record.mask for record in self.registry.of()])
         self.masks_ready.set()
 
     async def _close_idle_keepers(self) -> None:
@@ -304,8 +323,7 @@ class Daemon:
             for uid, found in list(self._keepers.items()):
                 idle = trio.current_time() - found.used_at
                 if uid not in live and not found.busy and idle > 300:
-                    del self._keepers[uid]
-                    found.close()
+                    self._drop(uid, found)
 
     # -- one client
 

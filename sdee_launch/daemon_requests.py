@@ -133,12 +133,30 @@ async def _make(
             "busy",
         )
     await daemon.masks_ready.wait()
-    trees: dict[str, object] = {}
-    for kind in (masks.KERNEL, masks.FUSE):
-        gids = frozenset((owner.gid, *owner.groups))
-        trees[kind] = daemon.masks.known_tree(owner.uid, gids, kind) or (
-            await trio.to_thread.run_sync(daemon.masks.tree, owner.uid, gids, kind)
-        )
+    gids = frozenset((owner.gid, *owner.groups))
+    trees: dict[str, str] = {}
+    try:
+        for kind in (masks.KERNEL, masks.FUSE):
+            known = daemon.masks.known_tree(owner.uid, gids, kind)
+            if known is None:
+                known = await trio.to_thread.run_sync(daemon.masks.tree, owner.uid, gids, kind)
+            trees[kind] = known
+        return await _make_with(daemon, owner, environment, engine, binds, job, options, trees)
+    finally:
+        for path in trees.values():
+            daemon.masks.release(path)
+
+
+async def _make_with(
+    daemon: Daemon,
+    owner: Account,
+    environment: str,
+    engine: str,
+    binds: tuple[str, ...],
+    job: int,
+    options: dict[str, object],
+    trees: dict[str, str],
+) -> Record:
     reply, fds = await daemon.ask_keeper(
         owner.uid,
         {
@@ -166,7 +184,7 @@ async def _make(
         environment=environment,
         init=Process(pid, start),
         engine=chosen,
-        mask=str(trees[masks.FUSE if chosen == "fuse" else masks.KERNEL]),
+        mask=trees[masks.FUSE if chosen == "fuse" else masks.KERNEL],
         binds=binds,
         servers=tuple(_processes(servers)),
         made_at=time.time(),

@@ -103,13 +103,14 @@ def _keeper(sock: socket.socket) -> None:
     wake, woken = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
     signal.signal(signal.SIGCHLD, lambda *_: None)  # the wake-up tells
     signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
+    send(sock, {"pid": os.getpid()}, [])
     while True:
         # Inits of instances are children of this process: none may stay as a zombie.
-        ready, _, _ = select.select([sock, wake], [], [])
+        ready, _, _ = select.select([sock.fileno(), wake], [], [])
         if wake in ready:
             os.read(wake, 4096)
             _reap()
-        if sock not in ready:
+        if sock.fileno() not in ready:
             continue
         try:
             got = receive(sock)

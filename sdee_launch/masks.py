@@ -20,7 +20,9 @@ import json
 import os
 import shutil
 import stat
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -123,9 +125,7 @@ def digest(nodes: dict[bytes, Node], kind: str) -> str:
 
 def build(nodes: dict[bytes, Node], target: str) -> None:
     """Make the tree `target`, whole or not at all. Raises OSError."""
-    if os.path.isdir(target):
-        return
-    temporary = f"{target}.{os.getpid()}.{time.monotonic_ns()}.new"
+    temporary = f"{target}.new"
     os.makedirs(temporary, mode=0o700)
     try:
         os.chmod(temporary, 0o755)
@@ -144,11 +144,7 @@ def build(nodes: dict[bytes, Node], target: str) -> None:
                     os.close(fd)
             os.chown(path, node.uid, node.gid)
             os.chmod(path, stat.S_IMODE(node.mode))
-        try:
-            os.rename(temporary, target)
-        except OSError:
-            if not os.path.isdir(target):  # else somebody made the same meanwhile
-                raise
+        os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -208,12 +204,19 @@ class Masks:
         self.scanned_at = 0.0
         #: For a user, the groups and a kind: the tree, and the scan that it was made of.
         self._trees: dict[tuple[int, frozenset[int], str], tuple[tuple[Hidden, ...], str]] = {}
+        self._built: dict[str, str] = {}  # by what is in them
+        self._pins: Counter[str] = Counter()
+        self._lock = threading.Lock()
         os.makedirs(directory, mode=0o700, exist_ok=True)
         if mount_at(directory) is None:
             flags = sc.MS_NOSUID | sc.MS_NODEV | sc.MS_NOEXEC
             sc.mount("sdee-masks", directory, "tmpfs", flags, "mode=700,size=10%,nr_inodes=1m")
             sc.mount(None, directory, None, sc.MS_PRIVATE)
-        os.makedirs(os.path.join(directory, "trees"), mode=0o700, exist_ok=True)
+        trees = os.path.join(directory, "trees")
+        os.makedirs(trees, mode=0o700, exist_ok=True)
+        for name in os.listdir(trees):
+            if not name.endswith(".new"):
+                self._built[name.rpartition(".")[0]] = os.path.join(trees, name)
         os.chmod(directory, 0o700)
 
     @property
@@ -251,6 +254,8 @@ class Masks:
     def tree(self, uid: int, gids: Iterable[int], kind: str) -> str:
         """The path of the mask tree for a user with these groups; made if it isn't there.
 
+        It stays until `release`, and as long as `prune` is told that it is in use. No name is ever
+        used twice: whoever still has a removed tree open must not take it for a new one.
         Raises RuntimeError if there is no scan yet, OSError.
         """
         scan = self._scan
@@ -258,15 +263,32 @@ class Masks:
             raise RuntimeError("the host's files were not scanned for secrets yet")
         key = (uid, frozenset(gids), kind)
         nodes = plan(mask_scan.hidden_from(scan, uid, key[1]), kind, self.rule)
-        path = os.path.join(self.directory, "trees", digest(nodes, kind))
-        build(nodes, path)
-        self._trees[key] = (scan, path)
+        name = digest(nodes, kind)
+        with self._lock:
+            path = self._built.get(name)
+            if path is None:
+                path = os.path.join(self.directory, "trees", f"{name}.{time.time_ns():x}")
+                build(nodes, path)
+                self._built[name] = path
+            self._trees[key] = (scan, path)
+            self._pins[path] += 1
         return path
 
     def known_tree(self, uid: int, gids: Iterable[int], kind: str) -> str | None:
-        """What `tree` gave since the last scan, without any work."""
-        scan, path = self._trees.get((uid, frozenset(gids), kind), (None, None))
-        return path if scan is self._scan else None
+        """What `tree` gave since the last scan, without any work; to be released as well."""
+        with self._lock:
+            scan, path = self._trees.get((uid, frozenset(gids), kind), (None, None))
+            if path is None or scan is not self._scan:
+                return None
+            self._pins[path] += 1
+            return path
+
+    def release(self, path: str) -> None:
+        """The caller of `tree` has no more need of it, or has put it where `prune` sees it."""
+        with self._lock:
+            self._pins[path] -= 1
+            if not self._pins[path]:
+                del self._pins[path]
 
     def close(self) -> None:
         """Take the tmpfs away; live overlays that have a tree of it as lower keep it alive."""
@@ -275,12 +297,15 @@ class Masks:
 
     def prune(self, used: Iterable[str]) -> None:
         """Remove all trees but those in use: a live instance's mask must never go."""
-        keep = {os.path.basename(path) for path in used}
-        base = os.path.join(self.directory, "trees")
-        for name in os.listdir(base):
-            if name not in keep:
-                with contextlib.suppress(OSError):
-                    shutil.rmtree(os.path.join(base, name))
+        with self._lock:
+            keep = {*used, *self._pins}
+            keep |= {path for scan, path in self._trees.values() if scan is self._scan}
+            self._built = {name: path for name, path in self._built.items() if path in keep}
+            base = os.path.join(self.directory, "trees")
+            for name in os.listdir(base):
+                path = os.path.join(base, name)
+                if path not in keep:
+                    shutil.rmtree(path, ignore_errors=True)
 
 
 def _parse(lines: Iterable[str]) -> tuple[Hidden, ...]:

@@ -153,8 +153,19 @@ def test_trees_are_whole_named_by_content_and_pruned(tmp_path: Path) -> None:
         assert os.path.exists(f"{first}/etc/group-only")
         assert not os.path.exists(f"{second}/etc/group-only")
         assert os.stat(store.directory).st_mode & 0o777 == 0o700
-        store.prune([second])
-        assert not os.path.exists(first) and os.path.exists(second)
+        store.accept(mask_scan.to_line(items[0]) + "\nwhole\n", 1.0)
+        for _ in range(2):
+            store.release(first)
+        store.prune([])
+        assert not os.path.exists(first)
+        assert os.path.exists(second)  # still pinned
+        assert store.known_tree(1000, [4], masks.KERNEL) is None  # of the scan before
+        store.release(second)
+        store.prune([])
+        third = store.tree(1000, [4], masks.KERNEL)
+        assert third not in (first, second)
+        store.prune([third])
+        assert os.listdir(f"{store.directory}/trees") == [os.path.basename(third)]
         again = masks.Masks(store.directory)
         assert not again.load(60)  # of another time
         assert not again.complete

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import User
+from tests.env.daemon_lab import wait_for
 from tests.env.login_lab import Node, login_node
 
 PRELUDE = """
@@ -227,6 +228,36 @@ def test_secrets_of_the_host(node: Node, alice: User) -> None:
         assert node.say(alice, script).split() == ["mine"] * 4
         for path, text in zip(SECRETS, texts, strict=True):
             assert text in Path(path).read_bytes().decode("latin-1")
+
+
+def test_a_secret_made_while_the_instance_lives(node: Node, alice: User) -> None:
+    """sdeefs has no window; with the kernel engine it is hidden from the next instance on."""
+    path = Path("/secret-of-today")
+    with node.sleeping(alice):
+        path.touch(0o600)
+        try:
+            path.write_text("of today\n")
+            if node.engine == "fuse":
+                assert "of today" not in node.sshd.run(alice, f"cat {path}").stdout
+                # One that everybody could read until now.
+                path.chmod(0o644)
+                wait_for(
+                    lambda: "today" in node.sshd.run(alice, f"cat {path}").stdout, "it is open"
+                )
+                path.chmod(0o600)
+                wait_for(
+                    lambda: "today" not in node.sshd.run(alice, f"cat {path}").stdout, "closed"
+                )
+            node.daemon.request("node", rescan=True)
+        finally:
+            if node.engine == "fuse":
+                path.unlink()
+    if node.engine == "kernel":
+        try:
+            node.end(alice)
+            assert "of today" not in node.sshd.run(alice, f"cat {path}").stdout
+        finally:
+            path.unlink()
 
 
 def test_shadow_has_no_hash_and_works(node: Node, alice: User) -> None:
