@@ -10,6 +10,13 @@ Kernel overlayfs is the yardstick. What sdeefs does differently on purpose:
   (fallocate, writes through a memory map, through passthrough after a chmod) takes them always;
 - without FUSE's DONT_MASK (pyfuse3) the kernel has applied the umask before a default ACL could
   replace it: played with umask 0 there;
+- overlayfs can't change what has no name any more and was never copied up (EEXIST);
+- it sets no ACL on what is still in a lower whose filesystem sets none (erofs, squashfs): such
+  files are copied up first there;
+- with userxattr it can mark the origin of regular files alone: which names belong together is
+  compared for those;
+- under write-back the kernel keeps mtime when a file is truncated to the size it has: it is set
+  after each truncation;
 - link counts and sizes of directories, and times that nobody set, aren't compared: overlayfs itself
   doesn't define them.
 """
@@ -57,9 +64,11 @@ class Pair:
 
     def snapshots(self, area: str) -> None:
         """The area's trees agree."""
+        indexed = "index=on" in self.theirs.engine.options
+        sdeefs = self.ours.engine.kind == "sdeefs"
         found = differences(
-            snapshot(f"{self.ours.point}/{area}", inodes=self.ours.engine.kind == "sdeefs"),
-            snapshot(f"{self.theirs.point}/{area}"),
+            snapshot(f"{self.ours.point}/{area}", inodes=sdeefs, groups=indexed),
+            snapshot(f"{self.theirs.point}/{area}", groups=indexed),
         )
         if found:
             raise Disagreement(f"trees of area {area} differ:\n" + "\n".join(found))
@@ -129,12 +138,14 @@ def play_both(players: tuple[Player, Player], steps: Iterator[Step]) -> list[Ste
         for step in steps:
             played.append(step)
             stale = theirs.stale(step)
+            if stale and step.call == "copy_range":
+                continue  # the two files would differ from here on
             expected = theirs.play(step)
             got = ours.play(step)
+            if expected == ("EEXIST",) and step.call in ("fchmod", "fchown", "futime"):
+                continue
             if got != expected and not stale:
                 raise Disagreement(f"{step}\n  ours:   {got}\n  theirs: {expected}", played)
-            if stale and step.call == "copy_range" and got != expected:
-                break  # the two files differ from here on
     finally:
         ours.close()
         theirs.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -153,6 +154,8 @@ class Player:
 
     def _ftruncate(self, slot: int, size: int) -> None:
         os.ftruncate(self._fd(slot), size)
+        with contextlib.suppress(OSError):
+            os.utime(self._fd(slot))
 
     def _fallocate(self, slot: int, mode: int, offset: int, length: int) -> None:
         if _privileged(self._fd(slot)):
@@ -261,11 +264,23 @@ class Player:
 
     def _truncate(self, path: str, size: int) -> None:
         os.truncate(self._path(path), size)
+        with contextlib.suppress(OSError):
+            os.utime(self._path(path))
 
     def _setxattr(self, path: str, name: str, value: bytes, flags: int) -> None:
         os.setxattr(self._path(path), name, value, flags, follow_symlinks=False)
 
-    _setcap = _setacl = _setxattr
+    _setcap = _setxattr
+
+    def _setacl(self, path: str, name: str, value: bytes, flags: int) -> None:
+        try:
+            self._setxattr(path, name, value, flags)
+        except OSError as error:
+            full = self._path(path)
+            if error.errno != errno.EOPNOTSUPP or self.upper is None or os.path.islink(full):
+                raise
+            os.chmod(full, stat.S_IMODE(os.stat(full).st_mode))  # copies it up
+            self._setxattr(path, name, value, flags)
 
     def _getxattr(self, path: str, name: str) -> bytes:
         return os.getxattr(self._path(path), name, follow_symlinks=False)
@@ -316,7 +331,7 @@ def kinds(root: str) -> dict[str, int]:
     return found
 
 
-def snapshot(root: str, inodes: bool = False) -> dict[str, Result]:
+def snapshot(root: str, inodes: bool = False, groups: bool = True) -> dict[str, Result]:
     """Everything below root that two trees must agree on; `inodes`: and that d_ino is st_ino (of
     kernel overlayfs that can't be asked: after a rename in upper it isn't always so)."""
     found: dict[str, Result] = {}
@@ -337,7 +352,7 @@ def snapshot(root: str, inodes: bool = False) -> dict[str, Result]:
             row: list[object] = list(attributes(seen))
             if kind == stat.S_IFDIR:
                 pending.append(path)
-            elif seen.st_nlink > 1:
+            elif seen.st_nlink > 1 and kind == stat.S_IFREG:
                 row.append(("first link", links.setdefault(seen.st_ino, path)))
             if kind == stat.S_IFLNK:
                 row.append(os.readlink(full))
