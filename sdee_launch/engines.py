@@ -6,6 +6,7 @@ own. Who calls decides which layers each one gets; `pick` tries and takes the fi
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -77,8 +78,8 @@ def kernel_overlay(layers: Layers, volatile: bool = False) -> int:
         _set_directory(fs, "upperdir", layers.upper)
         _set_directory(fs, "workdir", layers.work)
         syscalls.fsconfig_flag(fs, "userxattr")
+        _forget_volatile(layers.work)
         if volatile:
-            _forget_volatile(layers.work)
             syscalls.fsconfig_flag(fs, "volatile")
         syscalls.fsconfig_create(fs)
         mount = syscalls.fsmount(fs)
@@ -145,11 +146,13 @@ def _check_upper(mount: int, layers: Layers, shown: str) -> None:
 
 
 def _forget_volatile(work: int) -> None:
-    """A volatile upper refuses to mount again; we know better: the environment is the user's own."""
-    try:
-        os.rmdir("work/incompat/volatile", dir_fd=work)
-    except OSError:
-        pass
+    """An upper that was volatile refuses to mount again, for what it may have lost when the machine
+    crashed; whoever chose volatile knows."""
+    with contextlib.suppress(OSError):
+        os.unlink("work/incompat/volatile/dirty", dir_fd=work)
+    for name in ("work/incompat/volatile", "work/incompat"):
+        with contextlib.suppress(OSError):
+            os.rmdir(name, dir_fd=work)
 
 
 def id_map_option(name: str, ranges: Sequence[IdRange]) -> str:
