@@ -77,7 +77,9 @@ class Restricted(pyfuse3.Operations):
         return _call(os.readlink, b"", dir_fd=self.fds[inode])
 
     def _made(self, parent, name, ctx):  # type: ignore[no-untyped-def]
-        _call(os.chown, name, ctx.uid, ctx.gid, dir_fd=self.fds[parent], follow_symlinks=False)
+        inherited = os.fstat(self.fds[parent]).st_mode & stat.S_ISGID
+        gid = -1 if inherited else ctx.gid
+        _call(os.chown, name, ctx.uid, gid, dir_fd=self.fds[parent], follow_symlinks=False)
         return self._entry(parent, name)
 
     async def mknod(self, parent, name, mode, rdev, ctx):  # type: ignore[no-untyped-def]
