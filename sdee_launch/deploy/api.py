@@ -9,7 +9,7 @@ nodes don't see the state directory, `write_bundle` makes one file of it for sbc
 from __future__ import annotations
 
 import os
-import shutil
+import stat
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
@@ -22,7 +22,7 @@ from sdee_launch.deploy.exclude import DEFAULTS, Excluded
 from sdee_launch.deploy.generations import Generation, State
 from sdee_launch.deploy.inside import run_inside
 from sdee_launch.deploy.save import flatten
-from sdee_launch.deploy.walk import DIRECTORY, Walk
+from sdee_launch.deploy.walk import DIRECTORY, Walk, remove_tree
 
 __all__ = [
     "DEFAULT",
@@ -165,16 +165,17 @@ def _plan(old: Iterable[Entry], upper: int, excluded: Excluded) -> Plan:
 
 def _disk_use(upper: int, path: bytes) -> int:
     """Bytes of the files below a path that stays behind (0 where it can't be walked)."""
-    total = 0
     try:
         status = os.stat(path, dir_fd=upper, follow_symlinks=False)
-        total = status.st_size
-        for _, _, names, fd in os.fwalk(path, dir_fd=upper):
-            for name in names:
-                total += os.stat(name, dir_fd=fd, follow_symlinks=False).st_size
-    except OSError:
-        pass
-    return total
+        if not stat.S_ISDIR(status.st_mode):
+            return status.st_size
+        fd = os.open(path, DIRECTORY, dir_fd=upper)
+        try:
+            return sum(found.entry.size for found in Walk(fd, lambda _: False))
+        finally:
+            os.close(fd)
+    except (OSError, DeployProblem):
+        return 0
 
 
 def write_bundle(account: Account, state: str, number: int, have: int, path: str) -> int:
@@ -191,7 +192,7 @@ def unpack_bundle(account: Account, path: str, directory: str) -> None:
     """The source directory that `ensure` takes, made of a bundle. Raises DeployProblem."""
 
     def work() -> None:
-        shutil.rmtree(directory, ignore_errors=True)
+        remove_tree(directory)
         os.makedirs(directory, mode=0o700)
         with open(path, "rb") as file:
             bundle.read(file, directory)
@@ -214,7 +215,7 @@ def save(
 
     def work() -> dict[str, object]:
         place = upper.rstrip("/") + ".save"
-        shutil.rmtree(place, ignore_errors=True)
+        remove_tree(place)
         os.mkdir(place, 0o700)
         opened_layers = [os.open(path, DIRECTORY) for path in [*lowers, upper, place]]
         try:
@@ -231,6 +232,6 @@ def save(
         finally:
             for fd in opened_layers:
                 os.close(fd)
-            shutil.rmtree(place, ignore_errors=True)
+            remove_tree(place)
 
     return _as_submitted(run_inside(account, work))

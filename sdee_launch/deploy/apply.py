@@ -76,6 +76,7 @@ class Apply:
     manifest: Callable[[], Iterable[Entry]]
     base: int | None = None
     base_manifest: Callable[[], Iterable[Entry]] = lambda: ()
+    limit: int = 0  # bytes that all files together may have; 0: any
     result: Result = field(default_factory=Result)
 
     def run(self, packages: Callable[[int], BinaryIO]) -> Result:
@@ -110,8 +111,15 @@ class Apply:
         """Everything but the content of new files; the packages that those need."""
         needed = set()
         first: set[int] = set()
+        content = 0
         for old, new in self._pairs():
             self.result.entries += 1
+            content += new.size
+            if self.limit and content > self.limit:
+                raise DeployProblem(
+                    f"the environment is larger than a node keeps ({self.limit // 10**6} MB,"
+                    " [deploy] cache_limit); sdee deploy plan shows what is large in it"
+                )
             if not new.path:
                 continue
             dirfd, name = self._places.parent(new.path)

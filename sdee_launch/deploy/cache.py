@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import re
 import shutil
@@ -30,9 +31,11 @@ from sdee_launch.deploy.apply import Apply, Places
 from sdee_launch.deploy.entries import Entry
 from sdee_launch.deploy.errors import Damaged, DeployProblem
 from sdee_launch.deploy.inside import run_inside
-from sdee_launch.deploy.walk import DIRECTORY
+from sdee_launch.deploy.walk import DIRECTORY, Walk, remove_tree
 
 DEFAULT = "/var/lib/sdee/cache"
+#: So many objects of a cached generation are looked at before it is used again.
+SAMPLE = 500
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 _IDENTITY = re.compile(r"[0-9a-f]{16}")
 
@@ -70,12 +73,20 @@ def user_directory(account: Account, cache: str) -> str:
 
 
 def ensure(
-    account: Account, cache: str, source: str, identity: str, number: int, key: str
+    account: Account,
+    cache: str,
+    source: str,
+    identity: str,
+    number: int,
+    key: str,
+    *,
+    limit: int = 0,
 ) -> Ensured:
     """Bring generation `number` from the directory `source` into the cache; used by `key` from now.
 
     Only what the newest cached generation lacks is read. A cache that turns out to be broken is
-    replaced by a full copy. Raises DeployProblem with the reason.
+    replaced by a full copy. A generation of more than `limit` bytes (0: none) is refused. Raises
+    DeployProblem with the reason.
     """
     _check(identity, number, key)
     top = user_directory(account, cache)
@@ -85,7 +96,7 @@ def ensure(
         place = os.path.join(top, identity)
         os.makedirs(place, mode=0o700, exist_ok=True)
         with _locked(place):
-            done = _ensure(place, source, number)
+            done = _ensure(place, source, number, limit)
             users = os.path.join(place, str(number), "users")
             os.makedirs(users, exist_ok=True)
             with open(os.path.join(users, key), "w"):
@@ -128,7 +139,7 @@ def listing(account: Account, cache: str) -> list[dict[str, Any]]:
                         "generation": number,
                         "bytes": size,
                         "files": files,
-                        "users": sorted(os.listdir(os.path.join(path, "users"))),
+                        "users": _users(path),
                         "used": os.stat(path).st_mtime,
                         "path": path,
                     }
@@ -158,11 +169,11 @@ def prune(account: Account, cache: str, limit: int) -> list[dict[str, Any]]:
         for one in doomed:
             place = os.path.join(top, one["identity"])
             with _locked(place):
-                if not os.listdir(os.path.join(one["path"], "users")):
+                if not _users(one["path"]):
                     _remove_generation(place, one["generation"])
         for place in _identities(top):
             if not _numbers(place):
-                shutil.rmtree(place, ignore_errors=True)
+                remove_tree(place)
 
     if os.path.isdir(top):
         run_inside(account, work)
@@ -220,21 +231,23 @@ def _numbers(place: str) -> list[int]:
 def _remove_generation(place: str, number: int) -> None:
     """Under another name first, so that half of one is never found."""
     doomed = os.path.join(place, f".{number}.gone")
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_tree(doomed)
     with contextlib.suppress(FileNotFoundError):
         os.rename(os.path.join(place, str(number)), doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    remove_tree(doomed)
 
 
 def _size(path: str) -> tuple[int, int]:
     """Bytes on disk of what this generation alone has, and its files."""
     size = files = 0
-    for directory, _, names in os.walk(path):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                status = os.lstat(os.path.join(directory, name))
-                size += status.st_blocks * 512 // max(1, status.st_nlink)
+    fd = os.open(path, DIRECTORY)
+    try:
+        for found in Walk(fd, lambda _: False):
+            if found.entry.kind != "d":
+                size += found.status.st_blocks * 512 // max(1, found.status.st_nlink)
                 files += 1
+    finally:
+        os.close(fd)
     return size, files
 
 
@@ -265,24 +278,58 @@ def _manifest(path: str) -> Iterator[Entry]:
         yield from entries.read(file)
 
 
-def _ensure(place: str, source: str, number: int) -> tuple[int, int, int, int]:
+def _ensure(place: str, source: str, number: int, limit: int) -> tuple[int, int, int, int]:
     """(bytes read, base, linked, extracted)."""
     final = os.path.join(place, str(number))
-    if os.path.isdir(os.path.join(final, "tree")):
-        return 0, number, 0, 0
+    if os.path.isdir(final):
+        if _sound(final):
+            return 0, number, 0, 0
+        if _users(final):
+            raise DeployProblem(
+                f"{final} is damaged and in use; try again when those jobs are gone"
+            )
+        _remove_generation(place, number)
     bases = [n for n in reversed(_numbers(place)) if n != number][:1]
     try:
-        return _make(place, source, number, bases[0] if bases else 0)
-    except Damaged:
+        return _make(place, source, number, bases[0] if bases else 0, limit)
+    except (Damaged, FileNotFoundError):
         # The base, or what an interrupted run left, isn't what it should be: all anew.
-        shutil.rmtree(os.path.join(place, f".{number}"), ignore_errors=True)
-        return _make(place, source, number, 0)
+        remove_tree(os.path.join(place, f".{number}"))
+        return _make(place, source, number, 0, limit)
 
 
-def _make(place: str, source: str, number: int, base: int) -> tuple[int, int, int, int]:
+def _users(path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(os.path.join(path, "users")))
+    except FileNotFoundError:
+        return []
+
+
+def _sound(path: str) -> bool:
+    """A look at the first objects of a cached generation, which costs next to nothing."""
+    try:
+        return not _verify(path, False, SAMPLE)
+    except (Damaged, OSError):
+        return False
+
+
+def _staging(place: str, number: int) -> str:
+    """Where a generation is made. What was left there before a power cut isn't gone on with: a
+    file may have its size and time, and not its content."""
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        boot = file.read().strip()
     staging = os.path.join(place, f".{number}")
+    marker = os.path.join(staging, f"boot-{boot}")
+    if os.path.isdir(staging) and not os.path.exists(marker):
+        remove_tree(staging)
+    os.makedirs(os.path.join(staging, "tree"), mode=0o700, exist_ok=True)
+    with open(marker, "w"):
+        return staging
+
+
+def _make(place: str, source: str, number: int, base: int, limit: int) -> tuple[int, int, int, int]:
+    staging = _staging(place, number)
     tree = os.path.join(staging, "tree")
-    os.makedirs(tree, mode=0o700, exist_ok=True)
     manifest = os.path.join(staging, "manifest")
     with open_source(source, f"{number}.manifest") as wanted, open(manifest, "wb") as kept:
         shutil.copyfileobj(wanted, kept, 1 << 20)
@@ -296,6 +343,7 @@ def _make(place: str, source: str, number: int, base: int) -> tuple[int, int, in
             lambda: _manifest(manifest),
             base_fd,
             (lambda: _manifest(os.path.join(base_place, "manifest"))) if base else (lambda: ()),
+            limit=limit,
         )
         result = apply.run(lambda n: open_source(source, f"{n}.pack"))
         syscalls.syncfs(root)
@@ -311,12 +359,12 @@ def _make(place: str, source: str, number: int, base: int) -> tuple[int, int, in
     return read + result.bytes_read, base, result.linked, result.extracted
 
 
-def _verify(path: str, checksum: bool) -> list[str]:
+def _verify(path: str, checksum: bool, most: int | None = None) -> list[str]:
     wrong = []
     root = os.open(os.path.join(path, "tree"), DIRECTORY)
     places = Places(root)
     try:
-        for entry in _manifest(os.path.join(path, "manifest")):
+        for entry in itertools.islice(_manifest(os.path.join(path, "manifest")), most):
             try:
                 dirfd, name = places.parent(entry.path)
                 status = os.stat(name, dir_fd=dirfd, follow_symlinks=False)

@@ -53,6 +53,7 @@ def add_parser(subparsers: Subparsers) -> None:
     prune.add_argument("--limit", default="0", metavar="SIZE", help="keep so much (default: 0)")
     verify = caches.add_parser("verify", help="hold the cache against its manifests")
     verify.add_argument("--checksum", action="store_true", help="read every file")
+    verify.add_argument("--repair", action="store_true", help="remove what is wrong and unused")
     for parser, run in ((listing, _cache_list), (prune, _cache_prune), (verify, _cache_verify)):
         parser.add_argument("--json", action="store_true")
         parser.set_defaults(run=_guarded(run))
@@ -160,6 +161,8 @@ def _push(options: argparse.Namespace) -> int:
     else:
         size = places.size_text(made.package_bytes)
         print(f"{source.name}@{made.number}: {made.new_files} new files, {size}")
+    if made.moving and not done.reused:
+        print(f"sdee: {made.moving} files were being written meanwhile", file=sys.stderr)
     return 0
 
 
@@ -247,6 +250,8 @@ def _cache_verify(options: argparse.Namespace) -> int:
         found = cache.verify(account, where, name, number, options.checksum)
         if found:
             wrong[f"{name}@{number}"] = found
+        if found and options.repair and not one["users"]:
+            cache.remove(account, where, name, number)  # the next job brings it anew
     if options.json:
         print(json.dumps(wrong))
     else:

@@ -18,6 +18,7 @@ import json
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
@@ -28,6 +29,8 @@ from sdee_launch.deploy.walk import Found, Walk
 
 #: A file that is being written is tried so often.
 ATTEMPTS = 3
+#: The clock of file times may stand still so long.
+TICK_NS = 50_000_000
 #: Packages together may be so many times the content of a generation before a full one is made.
 WASTE = 2.0
 #: More packages than this for one generation: a full one is made.
@@ -46,6 +49,7 @@ class Generation:
     new_files: int = 0
     package_bytes: int = 0  # of its own package, as it travels
     skipped: int = 0
+    moving: int = 0  # files that were being written all the time: what they had travels
 
 
 class State:
@@ -152,8 +156,10 @@ class _Snapshot:
         self.state, self.number, self.checksum = state, number, checksum
         self.walk = Walk(upper, excluded)
         self.progress = progress
-        self.changed = False
+        self.changed = False  # for a node
+        self.refreshed = False  # for the next snapshot only
         self.content = 0
+        self.moving = 0
         self.packages: dict[int, int] = {}
         self.linked: dict[int, Entry] = {}
 
@@ -176,6 +182,7 @@ class _Snapshot:
                 self.changed = True
                 continue
             self.changed |= before is None or not entries.same_object(before, done)
+            self.refreshed |= before is not None and before[12:] != done[12:]  # ctime, inode
             writer.add(done)
             if self.progress is not None:
                 self.progress(writer.entries, packer.content)
@@ -189,6 +196,7 @@ class _Snapshot:
                 mtime_ns=first.mtime_ns,
                 generation=first.generation,
                 digest=first.digest,
+                ctime_ns=first.ctime_ns,
             )
         try:
             done = self._unchanged(before, found) or self._pack(found, packer)
@@ -218,26 +226,29 @@ class _Snapshot:
             os.close(fd)
 
     def _pack(self, found: Found, packer: package.Packer) -> Entry:
-        problem: DeployProblem | None = None
-        for _ in range(ATTEMPTS):
+        attempt = 0
+        while True:
+            attempt += 1
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             fd = os.open(found.name, flags, dir_fd=found.dirfd)
             try:
-                status, digest = packer.add(found.entry.path, fd)
-            except DeployProblem as error:
-                problem = error
-                continue
+                status, digest, steady = packer.add(found.entry.path, fd)
             finally:
                 os.close(fd)
+            if not steady and attempt < ATTEMPTS:
+                continue
+            # One that never holds still, as a log may, travels as far as it was at the last try.
+            self.moving += not steady
+            # A later write in the same tick of the clock would leave no trace: look again then.
+            settled = steady and time.time_ns() - status.st_ctime_ns > TICK_NS
             return found.entry._replace(
                 size=status.st_size,
                 mtime_ns=status.st_mtime_ns,
-                ctime_ns=status.st_ctime_ns,
+                ctime_ns=status.st_ctime_ns if settled else 0,
                 inode=status.st_ino,
                 generation=self.number,
                 digest=digest,
             )
-        raise DeployProblem(f"{problem}; stop what writes it, or exclude it")
 
 
 def snapshot(
@@ -285,6 +296,10 @@ def _snapshot(
             ):
                 one.write(state.read(last) if last else (), writer, packer)
             if last and not one.changed:
+                if one.refreshed:  # the next walk needn't read those files again
+                    manifest_file.flush()
+                    os.fsync(manifest_file.fileno())
+                    _rename(state, manifest, f"{last}.manifest")
                 return state.about(last)
             for file in (manifest_file, package_file):
                 file.flush()
@@ -301,17 +316,22 @@ def _snapshot(
             packer.files,
             size,
             one.walk.skipped,
+            one.moving,
         )
         if packer.files:
-            os.rename(packed, f"{number}.pack", src_dir_fd=state.fd, dst_dir_fd=state.fd)
+            _rename(state, packed, f"{number}.pack")
         state.put(f"{number}.json", json.dumps(asdict(about)).encode())
-        os.rename(manifest, f"{number}.manifest", src_dir_fd=state.fd, dst_dir_fd=state.fd)
+        _rename(state, manifest, f"{number}.manifest")
         os.fsync(state.fd)
         return about
     finally:
         for name in (manifest, packed):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(name, dir_fd=state.fd)
+
+
+def _rename(state: State, old: str, new: str) -> None:
+    os.rename(old, new, src_dir_fd=state.fd, dst_dir_fd=state.fd)
 
 
 def _wasteful(state: State, one: _Snapshot) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 
 import zstandard
 
-from sdee_launch.deploy.errors import Damaged, DeployProblem
+from sdee_launch.deploy.errors import Damaged
 
 BLOCK = 1 << 20
 SUMS = ".sdee/sums"
@@ -129,11 +129,9 @@ class Packer:
         finally:
             self._sums.close()
 
-    def add(self, path: bytes, fd: int) -> tuple[os.stat_result, str]:
-        """Append the content of an open file; its status and digest.
-
-        Raises DeployProblem if it changes meanwhile: what is in the package then is useless.
-        """
+    def add(self, path: bytes, fd: int) -> tuple[os.stat_result, str, bool]:
+        """Append the content of an open file: its status before, the digest of what is in the
+        package now, and whether the file held still meanwhile."""
         before = os.fstat(fd)
         parts = pieces(fd, before.st_size)
         info = tarfile.TarInfo(os.fsdecode(path))
@@ -146,12 +144,11 @@ class Packer:
         self._tar.addfile(info, source)
         digest = source.finish()
         after = os.fstat(fd)
-        if (after.st_size, after.st_mtime_ns) != (before.st_size, before.st_mtime_ns):
-            raise DeployProblem(f"{os.fsdecode(path)} is being written")
+        steady = (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
         self._sums.write(json.dumps([os.fsdecode(path), digest]).encode() + b"\n")
         self.files += 1
         self.content += source.sent
-        return after, digest
+        return before, digest, steady
 
 
 class Member:

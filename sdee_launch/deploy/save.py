@@ -13,7 +13,7 @@ import shutil
 import stat
 
 from sdee_launch.deploy.apply import Places
-from sdee_launch.deploy.walk import DIRECTORY, Walk, xattrs
+from sdee_launch.deploy.walk import DIRECTORY, Walk, remove_tree, xattrs
 
 OPAQUE = b"user.overlay.opaque"
 
@@ -106,7 +106,7 @@ def _remove(places: Places, path: bytes, dirfd: int, name: bytes) -> None:
         pass
     except IsADirectoryError:
         places.directory(path.rpartition(b"/")[0])
-        shutil.rmtree(name, dir_fd=dirfd)
+        remove_tree(name, dirfd)
 
 
 def _copy(source: int, source_name: bytes, dirfd: int, name: bytes, status: os.stat_result) -> None:

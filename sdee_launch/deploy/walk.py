@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -126,6 +127,20 @@ class Walk:
         marks = xattrs(dirfd, name)
         change = (status.st_ctime_ns, status.st_ino)
         return Entry(path, kind, mode, *who, status.st_size, b"", marks, group, 0, "", *change)
+
+
+def remove_tree(path: str | bytes, dirfd: int | None = None) -> None:
+    """Remove whatever is at `path`, however deep; nothing there is fine. Raises DeployProblem."""
+    try:
+        os.stat(path, dir_fd=dirfd, follow_symlinks=False)
+    except FileNotFoundError:
+        return
+    # rm goes below PATH_MAX and any number of levels, which shutil.rmtree's recursion can't.
+    place = None if dirfd is None else f"/proc/self/fd/{dirfd}"
+    done = subprocess.run(["rm", "-rf", "--", path], cwd=place, capture_output=True)
+    if done.returncode:
+        reason = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise DeployProblem(f"{os.fsdecode(path)} can't be removed: {reason[-1:]}")
 
 
 def xattrs(dirfd: int, name: bytes) -> tuple[tuple[bytes, bytes], ...]:

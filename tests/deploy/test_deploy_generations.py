@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import stat
 import time
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sdee_launch.deploy import api, cache
+from sdee_launch.deploy import api, cache, package
 from sdee_launch.deploy.errors import DeployProblem
 from sdee_launch.deploy.generations import State
 from tests.deploy.deploy_lab import Lab, contents, fill
@@ -130,6 +131,123 @@ def test_a_broken_cache_is_replaced(lab: Lab) -> None:
     lab.inside(spoil)
     lab.inside(lambda: os.chmod(f"{lab.upper}/etc/hosts", 0o600))
     assert lab.tree(lab.ensure(lab.submit()).tree) == lab.tree()
+
+
+def test_a_cached_tree_that_lacks_a_file_is_made_anew(lab: Lab) -> None:
+    lab.inside(lambda: fill(lab.upper))
+    submitted = lab.submit()
+    tree = lab.ensure(submitted).tree
+    lab.inside(lambda: os.unlink(f"{tree}/etc/holes"))
+    with pytest.raises(DeployProblem, match="damaged and in use"):
+        lab.ensure(submitted, "job-2")
+    api.release(lab.account, lab.cache, "job-1")
+    assert lab.tree(lab.ensure(submitted, "job-2").tree) == lab.tree()
+
+
+def test_a_base_that_is_gone_is_not_needed(lab: Lab) -> None:
+    lab.inside(lambda: fill(lab.upper))
+    tree = lab.ensure(lab.submit()).tree
+    lab.inside(lambda: shutil.rmtree(tree))
+    lab.inside(lambda: os.chmod(f"{lab.upper}/etc/hosts", 0o600))
+    assert lab.tree(lab.ensure(lab.submit()).tree) == lab.tree()
+
+
+def test_what_a_power_cut_left_isn_t_trusted(lab: Lab) -> None:
+    lab.inside(lambda: fill(lab.upper))
+    submitted = lab.submit()
+
+    def half() -> None:
+        tree = f"{lab.cache}/{lab.account.uid}/{submitted.identity}/.1/tree"
+        os.makedirs(f"{tree}/etc/deep")
+        was = os.stat(f"{lab.upper}/etc/holes")
+        with open(f"{tree}/etc/holes", "wb") as file:
+            file.truncate(was.st_size)  # size and time are there, the content isn't
+        os.chmod(f"{tree}/etc/holes", stat.S_IMODE(was.st_mode))
+        os.utime(f"{tree}/etc/holes", ns=(was.st_mtime_ns, was.st_mtime_ns))
+
+    cache.user_directory(lab.account, lab.cache)
+    lab.inside(half)
+    assert lab.tree(lab.ensure(submitted).tree) == lab.tree()
+
+
+def test_a_file_that_never_holds_still_doesn_t_stop_the_rest(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.inside(lambda: fill(lab.upper))
+    finish = package._Pieces.finish
+
+    def written_to(self: package._Pieces) -> str:
+        with open(f"{lab.upper}/etc/hosts", "a") as file:
+            file.write("another line\n")
+        return finish(self)
+
+    monkeypatch.setattr(package._Pieces, "finish", written_to)
+    submitted = lab.submit()
+    assert submitted.generation.moving == 1
+    monkeypatch.undo()
+    tree = lab.tree(lab.ensure(submitted).tree)
+    assert set(tree) == set(lab.tree())
+    assert cache.verify(lab.account, lab.cache, submitted.identity, 1, True) == []
+    later = lab.submit()
+    assert later.generation.new_files == 1
+    assert lab.tree(lab.ensure(later).tree) == lab.tree()
+
+
+def test_writes_within_one_tick_of_the_clock_are_seen(lab: Lab) -> None:
+    for number in range(10):
+
+        def write(number: int = number) -> None:
+            with open(f"{lab.upper}/file", "w") as file:
+                file.write(str(number))
+
+        lab.inside(write)
+        submitted = lab.submit()
+        assert submitted.generation.number == number + 1
+    assert lab.tree(lab.ensure(submitted).tree) == lab.tree()
+
+
+def test_a_new_change_time_alone_is_no_new_generation(lab: Lab) -> None:
+    lab.inside(lambda: fill(lab.upper))
+    first = lab.submit()
+    path = f"{lab.upper}/etc/hosts"
+    lab.inside(lambda: os.chmod(path, stat.S_IMODE(os.stat(path).st_mode)))
+    assert lab.submit().reused
+
+    def change_times() -> list[list[int]]:
+        with State(lab.state) as state:
+            known = {e.path: e.ctime_ns for e in state.read(first.generation.number)}
+        return [[known[b"etc/hosts"], os.stat(path).st_ctime_ns]]
+
+    ((known, real),) = lab.inside(change_times)
+    assert known == real
+
+
+def test_a_generation_larger_than_the_cache_may_be_is_refused(lab: Lab) -> None:
+    lab.inside(lambda: fill(lab.upper))
+    made = lab.submit()
+    with pytest.raises(DeployProblem, match="cache_limit"):
+        api.ensure(lab.account, lab.cache, lab.state, made.identity, 1, "job-1", limit=1 << 20)
+    assert cache.listing(lab.account, lab.cache) == []
+
+
+def test_a_cache_of_thousands_of_levels_can_be_listed_and_pruned(lab: Lab) -> None:
+    lab.inside(lambda: fill(lab.upper))
+    tree = lab.ensure(lab.submit()).tree
+
+    def deep() -> None:
+        fd = os.open(tree, os.O_RDONLY)
+        for _ in range(3000):
+            os.mkdir("d", dir_fd=fd)
+            below = os.open("d", os.O_RDONLY, dir_fd=fd)
+            os.close(fd)
+            fd = below
+
+    lab.inside(deep)
+    api.release(lab.account, lab.cache, "job-1")
+    (one,) = cache.listing(lab.account, lab.cache)
+    assert one["files"] > 5
+    assert len(cache.prune(lab.account, lab.cache, 0)) == 1
+    assert cache.listing(lab.account, lab.cache) == []
 
 
 def test_verify_names_what_is_wrong(lab: Lab) -> None:

@@ -1,0 +1,146 @@
+"""Manifests: any name and mark survives, whatever the size memory stays bounded."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sdee_launch.deploy import entries
+from sdee_launch.deploy.entries import Entry
+from sdee_launch.deploy.errors import Damaged
+from sdee_launch.deploy.exclude import DEFAULTS, Excluded
+
+NAME = st.binary(min_size=1, max_size=12).filter(
+    lambda name: b"/" not in name and b"\0" not in name and name not in (b".", b"..")
+)
+PATH = st.lists(NAME, min_size=1, max_size=4).map(b"/".join)
+ENTRY = st.builds(
+    Entry,
+    PATH,
+    st.sampled_from("dflcp"),
+    st.integers(0, 0o7777),
+    st.integers(0, 2**32 - 1),
+    st.integers(0, 2**32 - 1),
+    st.integers(-(2**62), 2**62),
+    st.integers(0, 2**62),
+    st.binary(max_size=20).map(lambda target: target.replace(b"\0", b"x")),
+    st.lists(
+        st.tuples(st.binary(max_size=8).map(lambda n: b"user." + n), st.binary(max_size=20)),
+        max_size=2,
+    ).map(tuple),
+    st.integers(0, 100),
+    st.integers(0, 100),
+    st.sampled_from(["", "ab" * 32]),
+    st.integers(0, 2**62),
+    st.integers(0, 2**62),
+)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(ENTRY)
+def test_a_line_is_its_entry(entry: Entry) -> None:
+    line = entries.encode(entry)
+    assert line.count(b"\n") == 1
+    assert line.endswith(b"\n")
+    assert entries.decode(line[:-1]) == entry
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.binary(max_size=80))
+def test_no_line_is_worse_than_damaged(line: bytes) -> None:
+    try:
+        entries.decode(line)
+    except Damaged:
+        pass
+
+
+def _file(paths: list[bytes]) -> list[Entry]:
+    ordered = sorted(set(paths), key=entries.sort_key)
+    return [Entry(path, "p", 0o644, 0, 0, 1) for path in ordered]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.lists(PATH, max_size=20), st.lists(PATH, max_size=20))
+def test_merge_pairs_what_is_the_same_path(a: list[bytes], b: list[bytes]) -> None:
+    pairs = list(entries.merge(_file(a), _file(b)))
+    assert [x for x, _ in pairs if x] == _file(a)
+    assert [y for _, y in pairs if y] == _file(b)
+    assert {x.path for x, y in pairs if x and y} == set(a) & set(b)
+
+
+def test_a_directory_stands_before_what_is_in_it() -> None:
+    paths = [b"a-b", b"a", b"a/b", b"a.b", b"a/b/c", b"a/b-", b""]
+    ordered = sorted(paths, key=entries.sort_key)
+    assert ordered == [b"", b"a", b"a/b", b"a/b/c", b"a/b-", b"a-b", b"a.b"]
+    assert ordered == sorted(paths, key=lambda path: path.split(b"/") if path else [])
+
+
+def _written(wanted: list[Entry]) -> bytes:
+    file = io.BytesIO()
+    with entries.Writer(file) as writer:
+        for entry in wanted:
+            writer.add(entry)
+    return file.getvalue()
+
+
+def test_whatever_is_cut_off_is_damaged() -> None:
+    whole = _written(_file([b"%d" % n for n in range(2000)]))
+    assert len(list(entries.read(io.BytesIO(whole)))) == 2000
+    for size in range(0, len(whole), max(1, len(whole) // 40)):
+        with pytest.raises(Damaged):
+            list(entries.read(io.BytesIO(whole[:size])))
+
+
+def test_order_is_checked() -> None:
+    with pytest.raises(Damaged, match="out of order"):
+        list(entries.read(io.BytesIO(_written(list(reversed(_file([b"a", b"b"])))))))
+
+
+def test_memory_doesn_t_grow_with_the_number_of_entries() -> None:
+    code = """
+import resource, sys, tempfile
+from sdee_launch.deploy import entries
+with tempfile.TemporaryFile() as file:
+    with entries.Writer(file) as writer:
+        for n in range(int(sys.argv[1])):
+            writer.add(entries.Entry(b"dir/%09d" % n, "f", 420, 0, 0, n, n, digest="ab" * 32))
+    file.seek(0)
+    assert sum(1 for _ in entries.merge(entries.read(file), ())) == int(sys.argv[1])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+    def peak(count: int) -> int:
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", code, str(count)],
+            capture_output=True, text=True, check=True, timeout=150,
+        )  # fmt: skip
+        return int(done.stdout)
+
+    few, many = peak(1000), peak(200_000)
+    assert many < few + 16 * 1024  # KiB
+
+
+@pytest.mark.parametrize(
+    ("path", "stays"),
+    [
+        (b"tmp", False),
+        (b"tmp/x", True),
+        (b"home/tmp/x", False),
+        (b"var/cache/apt/pkgcache.bin", True),
+        (b"var/cache/apt", False),
+        (b"root/.cache/pip", True),
+        (b"opt/tool/.nfs000123", True),
+        (b"data", False),
+        (b"data/big.iso", True),
+        (b"a/b/scratch", True),
+        (b"a/b/scratch2", False),
+        ("ä/ö".encode("latin-1"), False),
+    ],
+)
+def test_what_stays_behind(path: bytes, stays: bool) -> None:
+    assert Excluded([*DEFAULTS, "/data/*.iso", "scratch"])(path) is stays
