@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sdee_launch import protocol
+from sdee_launch.init import set_title
 
 #: The most bytes of a request to a keeper or of its answer.
 MAX_MESSAGE = 8 * 1024 * 1024
@@ -87,11 +88,13 @@ def start_template() -> tuple[int, socket.socket]:
 
 def _template(sock: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are reaped by the kernel
+    set_title("sdee-keeper of all")
     while (got := receive(sock)) is not None:
-        _, fds = got
+        message, fds = got
         if not os.fork():
             sock.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            set_title(f"sdee-keeper of uid {message['uid']}")
             with socket.socket(fileno=fds[0]) as own:
                 _keeper(own)
             os._exit(0)

@@ -15,6 +15,8 @@ from pathlib import Path
 from sdee_launch import protocol
 
 PATIENCE = 60.0
+#: A daemon that outlives one test, as its fixture does, and is no left-over of that test.
+_START = "import importlib, sys; sys.exit(importlib.import_module('sdee_launch.daemon').main())"
 
 
 def wait_for(condition: Callable[[], object], what: str, seconds: float = PATIENCE) -> None:
@@ -39,7 +41,7 @@ class Daemon:
         """Start it, and wait until it answers."""
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "sdee_launch.daemon", "--verbose", "--state", self.state,
+                [sys.executable, "-c", _START, "--verbose", "--state", self.state,
                  "--socket", self.socket],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
             )  # fmt: skip
