@@ -31,7 +31,14 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = PATIEN
 class Daemon:
     """`sdeed` with its own state and socket, or with those of the node."""
 
-    def __init__(self, directory: Path, state: str | None = None, path: str | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        state: str | None = None,
+        path: str | None = None,
+        environ: dict[str, str] | None = None,
+    ) -> None:
+        self.environ = {**os.environ, **(environ or {})}
         self.state = state or str(directory / "state")
         self.socket = path or str(directory / "sdeed.sock")
         self.log = directory / "sdeed.log"
@@ -43,9 +50,14 @@ class Daemon:
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _START, "--verbose", "--state", self.state,
                  "--socket", self.socket],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/", env=self.environ,
             )  # fmt: skip
         wait_for(self.answers, "the daemon answers")
+
+    def process_id(self) -> int:
+        """Its number."""
+        assert self.process is not None
+        return self.process.pid
 
     def answers(self) -> bool:
         """Whether it is there. Fails if it ended."""
@@ -102,10 +114,13 @@ class Daemon:
 
 @contextlib.contextmanager
 def running_daemon(
-    directory: Path, state: str | None = None, path: str | None = None
+    directory: Path,
+    state: str | None = None,
+    path: str | None = None,
+    environ: dict[str, str] | None = None,
 ) -> Iterator[Daemon]:
     """A daemon for the length of a block."""
-    daemon = Daemon(directory, state, path)
+    daemon = Daemon(directory, state, path, environ)
     daemon.start()
     try:
         yield daemon
