@@ -99,7 +99,10 @@ def _size(count: int) -> str:
 
 def _node(options: argparse.Namespace) -> int:
     try:
-        reply = {**protocol.request("node", rescan=options.rescan)[0], **protocol.request("job-node")[0]}
+        reply = {
+            **protocol.request("node", rescan=options.rescan)[0],
+            **protocol.request("job-node")[0],
+        }
     except (protocol.Refused, protocol.Unavailable) as error:
         print(f"sdee node: {error}", file=sys.stderr)
         return 1
