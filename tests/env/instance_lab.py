@@ -95,7 +95,7 @@ class Lab:
 
     def store(self) -> Path:
         """Where the environments are."""
-        return self.user.home / ".local/share/sdee/environments"
+        return self.user.home / f".{self.directory.name}"
 
     def upper(self, env: str = "lab") -> Path:
         """An environment's upper, as the host has it."""
@@ -181,7 +181,9 @@ def laboratory(kind: str, user: User, settings: str = "") -> Iterator[Lab]:
         directory = Path(name)
         directory.chmod(0o755)
         config = directory / "sdee.toml"
-        config.write_text(f'[environments]\nengine = "{engine}"\n{settings}')
+        # A store of its own: nothing that runs beside this is disturbed, or disturbs.
+        store = "" if "store = " in settings else f'store = "{{home}}/.{directory.name}"\n'
+        config.write_text(f'[environments]\nengine = "{engine}"\n{store}{settings}')
         config.chmod(0o644)
         before = os.environ.get("SDEE_CONFIG")
         os.environ["SDEE_CONFIG"] = str(config)  # for the daemon
@@ -197,6 +199,7 @@ def laboratory(kind: str, user: User, settings: str = "") -> Iterator[Lab]:
                     if lab.store().is_dir():
                         for env in os.listdir(lab.store()):
                             lab.remove(env)
+                        shutil.rmtree(lab.store(), ignore_errors=True)
         finally:
             if before is None:
                 del os.environ["SDEE_CONFIG"]

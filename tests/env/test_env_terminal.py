@@ -9,7 +9,6 @@ import resource
 import select
 import signal
 import struct
-import subprocess
 import termios
 import time
 from collections.abc import Iterator
@@ -216,29 +215,23 @@ def test_signals_are_passed_on(lab: Lab) -> None:
 
 
 def test_stopped_and_continued_by_signal(lab: Lab) -> None:
-    process = lab.start("run", "--env", "signals", "--", "cat", stdin=subprocess.PIPE)
-    try:
+    """A command that stops, stops sdee as well; continuing sdee continues the command."""
+    with lab.member("stopped") as process:
         assert process.stdin is not None and process.stdout is not None
-        process.stdin.write("one\n")
-        process.stdin.flush()
-        assert process.stdout.readline() == "one\n"
-        process.send_signal(signal.SIGTSTP)
-
-        def state() -> str:
-            with open(f"/proc/{process.pid}/stat") as file:
-                return file.read().rsplit(")", 1)[1].split()[0]
-
-        wait_for(lambda: state() == "T", "sdee stops with its command", SECONDS)
+        one = next(i for i in lab.instances() if i["env"] == "stopped")
+        cat = next(p["pid"] for p in one["processes"] if p["command"] == "cat")
+        os.kill(cat, signal.SIGSTOP)
+        wait_for(lambda: _state(process.pid) == "T", "sdee stops with its command", SECONDS)
         process.send_signal(signal.SIGCONT)
+        wait_for(lambda: _state(cat) != "T", "the command goes on", SECONDS)
         process.stdin.write("two\n")
         process.stdin.flush()
         assert process.stdout.readline() == "two\n"
-        process.stdin.close()
-        assert process.wait(SECONDS) == 0
-    finally:
-        process.kill()
-        process.stdin = None
-        process.communicate()
+
+
+def _state(pid: int) -> str:
+    with open(f"/proc/{pid}/stat") as file:
+        return file.read().rsplit(")", 1)[1].split()[0]
 
 
 def _limit() -> None:
