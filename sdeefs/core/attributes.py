@@ -68,6 +68,8 @@ class AttributesRoom(Lookup):
                 nlink = 0
             elif node.lowers and (node.layer == UPPER or len(node.lowers) > 1):
                 nlink = 1
+        elif extra is not None and extra.work_name is not None:
+            nlink -= 1
         elif extra is not None and extra.index is not None:
             nlink = self._indexed_nlink(node, nlink)
         return _new(

@@ -308,8 +308,9 @@ class CopyUp(AttributesRoom):
             os.rename(name, node.name, src_dir_fd=upper.work, dst_dir_fd=parent_fd)
         if not prepared.origin or not self._keeps_origin(node):
             node.shown = self.compose(made.st_ino, self.layers[0])  # as after a remount
-            if self.kernel is not None:  # its listing of the directory has the old number
+            if self.kernel is not None:  # what it has cached tells of the old number and links
                 self.kernel.invalidate_inode(parent.number)
+                self.kernel.invalidate_inode(node.number, True)
         node.layer, node.ino, node.stamp = UPPER, made.st_ino, 0
         self.table.set_key(node, None)
         self._drop_prefix_whiteout(parent_fd, node.name)

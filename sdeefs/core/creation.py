@@ -324,7 +324,7 @@ class Creation(Listing):
         self, parent: Directory, mode: int, flags: int, umask: int, caller: Caller
     ) -> tuple[Node, int, os.stat_result]:
         """O_TMPFILE: a file that link(2) may give a name."""
-        _, parent_fd, uid, gid = self._ready(parent, b"", caller)
+        upper, parent_fd, uid, gid = self._ready(parent, b"", caller)
         if not self._has_default_acl(parent, parent_fd):
             mode &= ~umask
         as_caller = self._settle_ids(uid, gid)
@@ -332,7 +332,13 @@ class Creation(Listing):
         if flags & os.O_ACCMODE == os.O_RDONLY:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         access |= os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
-        fd = os.open(b".", access, mode & 0o7777, dir_fd=parent_fd)
+        work_name = None
+        try:
+            fd = os.open(b".", access, mode & 0o7777, dir_fd=parent_fd)
+        except OSError as error:
+            if error.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL):
+                raise
+            work_name, fd = self._stand_in(upper, access, parent, parent_fd, mode, uid, gid)
         try:
             if self.override:
                 self._override_new(fd_path(fd), uid, gid, mode | stat.S_IFREG, 0, stat.S_IFREG)
@@ -343,11 +349,38 @@ class Creation(Listing):
             shown = self.compose(st.st_ino, self.layers[0])
             node = Node(self.table.number(), None, b"", stat.S_IFREG, UPPER, st.st_ino, shown)
             node.more().fd = os.open(fd_path(fd), os.O_PATH | os.O_CLOEXEC)
+            node.more().work_name = work_name
         except OSError:
             os.close(fd)
+            if work_name is not None:
+                discard(upper.work, work_name)
             raise
         self.table.nodes[node.number] = node
         return node, fd, st
+
+    def _stand_in(
+        self,
+        upper: Upper,
+        access: int,
+        parent: Directory,
+        parent_fd: int,
+        mode: int,
+        uid: int,
+        gid: int,
+    ) -> tuple[bytes, int]:
+        """Where there is no O_TMPFILE: a file of the work directory, removed when nobody has it."""
+        name = upper.temporary()
+        flags = access & ~os.O_TMPFILE | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        fd = os.open(name, flags, 0o600, dir_fd=upper.work)
+        try:
+            self._dress_new(
+                fd_path(fd), parent, parent_fd, stat.S_IFREG | stat.S_IMODE(mode), 0, uid, gid
+            )
+        except OSError:
+            os.close(fd)
+            discard(upper.work, name)
+            raise
+        return name, fd
 
     def _link(self, node: Node, parent: Directory, name: bytes) -> Entry:
         """One more name of an object."""
@@ -384,6 +417,10 @@ class Creation(Listing):
         extra = node.more()
         if node.parent is None or extra.fd >= 0:
             self._settle_at(node, parent, name)
+        if extra.work_name is not None:
+            discard(upper.work, extra.work_name)
+            extra.work_name = None
+            st = os.stat(name, dir_fd=parent_fd, follow_symlinks=False)
         if extra.key is None:
             self.table.set_key(node, (UPPER, node.ino))
         return self._entry(node, st)

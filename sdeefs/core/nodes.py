@@ -32,7 +32,7 @@ class Extra:
     """What few objects have."""
 
     __slots__ = (
-        "fd", "handles", "index", "io", "key", "lower_nlink", "names", "opened", "privileged", "secret"
+        "fd", "handles", "index", "io", "key", "lower_nlink", "names", "opened", "privileged", "secret", "work_name"
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -45,6 +45,7 @@ class Extra:
         self.opened: tuple[int, int] | None = None  # mtime_ns and size that the page cache is of
         self.io = 0
         self.secret = False
+        self.work_name: bytes | None = None  # of a nameless file where there is no O_TMPFILE
         self.privileged: int | None = None  # mtime_ns when setuid or setgid was set beside writers
 
 
@@ -128,6 +129,7 @@ class NodeTable:
         self.linked: dict[LinkKey, Node] = {}
         self._next = ROOT_NODE + 1
         self.dropped: list[int] = []  # descriptors to close
+        self.dropped_names: list[bytes] = []  # in the work directory, to remove
         self.dropped_directories: list[Directory] = []
 
     def number(self) -> int:
@@ -230,6 +232,9 @@ class NodeTable:
             if extra.fd >= 0:
                 self.dropped.append(extra.fd)
                 extra.fd = -1
+            if extra.work_name is not None:
+                self.dropped_names.append(extra.work_name)
+                extra.work_name = None
         for parent in parents:
             self._drop_idle(parent)
 

@@ -16,7 +16,7 @@ from typing import Protocol
 from sdeefs.core.api import ROOT_NODE, Kernel
 from sdeefs.core.formats import OverlayNames, fd_path, get_xattr, xattr_path
 from sdeefs.core.ids import Owners
-from sdeefs.core.layers import Layer, Upper, give_file_system_ids, open_lower
+from sdeefs.core.layers import Layer, Upper, discard, give_file_system_ids, open_lower
 from sdeefs.core.nodes import DEAD, IMPURE, XWHITEOUTS, Directory, Node, NodeTable
 from sdeefs.core.settings import RedirectDir, Settings, WhiteoutForm
 
@@ -240,6 +240,11 @@ class Union:
             if watch is not None and directory.lowers:
                 watch.forget(directory)
             directory.close_fds(self.table.dropped)
+        names = self.table.dropped_names
+        while names:
+            name = names.pop()
+            if self.upper is not None and self.upper.work >= 0:
+                discard(self.upper.work, name)
         dropped = self.table.dropped
         while dropped:
             os.close(dropped.pop())
