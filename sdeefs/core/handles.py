@@ -151,6 +151,8 @@ class Handles(Renames):
         handles = extra.handles
         if handles:
             io = handles[0].io
+        elif extra.work_name is not None:
+            io = Io.CACHED  # the kernel would open the backing file with O_TMPFILE once more
         elif self.passthrough and (node.layer == UPPER or not self.writable):
             io = Io.PASSTHROUGH
         else:
