@@ -13,12 +13,14 @@ it is done inside the user's namespace. A generation is there whole or not at al
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import itertools
 import os
 import re
 import shutil
 import stat
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -61,15 +63,26 @@ def user_directory(account: Account, cache: str) -> str:
     os.makedirs(cache, mode=0o711, exist_ok=True)
     if os.getuid() == 0:
         os.chmod(cache, 0o711)
-    try:
-        os.mkdir(path, 0o700)
-        if os.getuid() == 0:
-            os.chown(path, account.uid, account.gid)
-    except FileExistsError:
+    if not os.path.lexists(path):
+        _make_user_directory(account, cache, path)
+    else:
         status = os.lstat(path)
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != account.uid:
             raise DeployProblem(f"{path} isn't {account.name}'s; remove it") from None
     return path
+
+
+def _make_user_directory(account: Account, cache: str, path: str) -> None:
+    """Under another name until it is the user's, lest a crash leave one that is root's."""
+    made = tempfile.mkdtemp(prefix=".new-", dir=cache)
+    try:
+        if os.getuid() == 0:
+            os.chown(made, account.uid, account.gid)
+        os.rename(made, path)
+    except OSError as error:
+        os.rmdir(made)
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another was faster
+            raise
 
 
 def ensure(
