@@ -20,7 +20,7 @@ def add_parser(subparsers: Subparsers) -> None:
     for name in ("srun", "sbatch", "salloc"):
         parser = subparsers.add_parser(
             name, add_help=False, prefix_chars="\0",
-            help=f"{name} with the environment, where the site has no plugin",
+            help=f"{name} in an environment, from outside of any",
         )  # fmt: skip
         parser.add_argument("words", nargs=argparse.REMAINDER)
         parser.set_defaults(function=_submit, command_name=name)
@@ -39,10 +39,10 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def _submit(options: argparse.Namespace) -> int:
-    from sdee_launch.slurm import rootless
+    from sdee_launch.slurm import clients
 
     try:
-        return rootless.submit(options.command_name, options.words)
+        return clients.run(options.command_name, options.words)
     except (OSError, ValueError) as error:
         print(f"sdee {options.command_name}: {error}", file=sys.stderr)
         return 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
 import time
 from dataclasses import replace
 
@@ -245,6 +246,34 @@ async def clean_up(daemon: Daemon) -> None:
         await daemon.call(0, f"{_NODE}:clear_others", {"keep": keep})
     except Refused as error:
         log.error("what crashed jobs left was not removed: %s", error)
+    if any(records.every()):
+        daemon.nursery.start_soon(_end_jobs_without_epilog, daemon)
+
+
+async def _end_jobs_without_epilog(daemon: Daemon) -> None:
+    """Jobs that ended while there was no daemon: their Epilog found nobody to ask."""
+    for record in list(records.every()):
+        if await trio.to_thread.run_sync(over, record.job):
+            try:
+                await _end(daemon, record)
+            except (Refused, OSError) as error:
+                log.error("job %d: %s", record.job, error)
+
+
+def over(job: int) -> bool:
+    """Whether Slurm says that a job has ended; not if Slurm says nothing."""
+    try:
+        done = subprocess.run(
+            ["squeue", "-h", "-t", "all", "-j", str(job), "-o", "%T"],
+            capture_output=True, text=True, timeout=120, check=False,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return False
+    if done.returncode:
+        return "Invalid job id" in done.stderr
+    live = {"PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "STOPPED", "COMPLETING", "SIGNALING"}
+    states = set(done.stdout.split())
+    return not states & live
 
 
 STARTERS.append(clean_up)

@@ -55,6 +55,7 @@ static char *wanted;         /* --sdee */
 static char *exclude;        /* --sdee-exclude */
 static int keep;             /* --sdee-keep */
 static int submitted;        /* this srun asks for an environment */
+static int allocating;       /* … and for an allocation of its own */
 static int joined;           /* this step has an instance to join */
 static int fds[FD_COUNT] = {-1, -1, -1, -1, -1};
 static int own_pid_ns = -1;  /* where task_post_fork goes back to */
@@ -188,6 +189,7 @@ static int choose(spank_t sp)
 		submitted = getenv("SDEE_JOB_REF") != NULL; /* a step: its job has chosen */
 		return 0;
 	}
+	allocating = spank_context() == S_CTX_LOCAL;
 	unsetenv("SDEE_JOB_REF");
 	if (!wanted && access("/run/sdee/inside", F_OK) && !exists_in_home(".config/sdee/sdee.toml"))
 		return 0;
@@ -248,6 +250,8 @@ int slurm_spank_local_user_init(spank_t sp, int ac, char **av)
 	if (!noted(job, 0, failure, sizeof failure))
 		return 0;
 	slurm_error("sdee: %s", failure);
+	if (allocating)
+		slurm_complete_job(job, 1); /* srun would go and leave the allocation */
 	return -1;
 }
 

@@ -21,7 +21,7 @@ from sdee_launch.deploy.inside import run_inside
 from sdee_launch.site import as_user
 from sdee_launch.slurm.records import Record
 
-TRANSPORTS = ("shared", "sbcast")
+TRANSPORTS = ("shared",)
 SHARED_SPOOL = "{home}/.local/share/sdee/spool"
 LOCAL_SPOOL = "/var/lib/sdee/spool/{uid}"
 #: More than so many bytes in one package are worth a word.

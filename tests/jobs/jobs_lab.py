@@ -94,6 +94,12 @@ class SdeeCluster(Cluster):
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.daemons[node].wait(PATIENCE)
 
+    def crash_node(self, name: str) -> None:
+        """Power off without a word; its daemon goes with it."""
+        super().crash_node(name)
+        if name in self.daemons:
+            self.daemons[name].wait(PATIENCE)
+
     def daemon_pid(self, node: str) -> int:
         """The host's pid of sdeed on a node."""
         outer = self.daemons[node].pid

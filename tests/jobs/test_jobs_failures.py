@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from sdee_launch.slurm import records
 from tests.conftest import User
 from tests.jobs.cluster_lab import wait_for
 from tests.jobs.jobs_lab import SdeeCluster
@@ -34,8 +36,15 @@ def running(
     try:
         yield process
     finally:
+        # The command runs in namespaces of its own: it ends with its job, not with nsenter(1).
+        cluster.run("login1", ["scancel", "-u", user.name], timeout=60)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
         process.kill()
-        process.communicate()
+        process.wait()
+        for pipe in (process.stdout, process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 def wait_step(cluster: SdeeCluster, user: User, tag: str, count: int) -> None:
@@ -85,64 +94,34 @@ def test_death_of_an_instance_s_init_ends_the_job(
 ) -> None:
     clear(alice, "init")
     with running(
-        cluster, alice, "srun -N2 sh -c 'touch init-$SLURM_PROCID; sleep 500'", engine
+        cluster, alice, "srun -K -N2 sh -c 'touch init-$SLURM_PROCID; sleep 500'", engine
     ) as job:
         wait_step(cluster, alice, "init", 2)
-        os.kill(instance_pid(cluster, "n1"), signal.SIGKILL)
+        cluster.run("n1", ["kill", "-KILL", instance_pid(cluster, "n1")]).ok()
         out, err = job.communicate(timeout=120)
         assert job.returncode != 0, (out, err)
     cluster.wait_clean()
     assert cluster.inside("srun cat /etc/whose", alice.name).ok() == "alice\n"
 
 
-def instance_pid(cluster: SdeeCluster, node: str) -> int:
-    """The host's pid of the init of the only instance on a node."""
-    import json
-
+def instance_pid(cluster: SdeeCluster, node: str) -> str:
+    """The init of the only instance on a node, as the node has it."""
     live = json.loads(cluster.run(node, ["sdee", "node", "--json"]).ok())["instances"]
     assert len(live) == 1, live
-    return host_pid(cluster, node, live[0]["init"])
-
-
-def host_pid(cluster: SdeeCluster, node: str, inner: int) -> int:
-    """The host's number of a process, from the node's."""
-    namespace = os.readlink(f"/proc/{cluster.nodes[node].init}/ns/pid")
-    depth = len(nspid(cluster.nodes[node].init))
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                numbers = nspid(int(entry))
-                if len(numbers) >= depth and numbers[depth - 1] == inner:
-                    chain = [os.readlink(f"/proc/{entry}/ns/pid")]
-                    if namespace in chain or in_node(int(entry), cluster.nodes[node].init):
-                        return int(entry)
-    raise AssertionError(f"no process {inner} on {node}")
-
-
-def nspid(pid: int) -> list[int]:
-    """A process's numbers, from the host's to its own namespace's."""
-    with open(f"/proc/{pid}/status") as file:
-        for line in file:
-            if line.startswith("NSpid:"):
-                return [int(x) for x in line.split()[1:]]
-    return []
-
-
-def in_node(pid: int, init: int) -> bool:
-    """Whether a process descends from a node's init."""
-    return os.readlink(f"/proc/{pid}/ns/net") == os.readlink(f"/proc/{init}/ns/net")
+    return str(live[0]["init"])
 
 
 def test_death_of_the_fuse_server_fails_the_job_and_leaves_nothing(
     cluster: SdeeCluster, alice: User
 ) -> None:
     clear(alice, "server")
-    command = "srun -N2 sh -c 'touch server-$SLURM_PROCID; while ls /usr/include >/dev/null; do sleep 0.2; done; exit 5'"
+    command = "srun -K -N2 sh -c 'touch server-$SLURM_PROCID; while ls /usr/include >/dev/null; do sleep 0.2; done; exit 5'"
     with running(cluster, alice, command, "fuse") as job:
         wait_step(cluster, alice, "server", 2)
-        servers = cluster.run("n1", ["pgrep", "-f", "sdeefs"]).ok().split()
-        for server in servers:
-            os.kill(host_pid(cluster, "n1", int(server)), signal.SIGKILL)
+        # The brackets: not timeout(1) with this very command line.
+        servers = cluster.run("n1", ["pgrep", "-f", "[s]deefs"]).ok().split()
+        assert servers
+        cluster.run("n1", ["kill", "-KILL", *servers]).ok()
         out, err = job.communicate(timeout=120)
         assert job.returncode != 0, (out, err)
     cluster.wait_clean()
@@ -189,14 +168,18 @@ def test_a_job_fails_with_the_reason_where_no_daemon_runs(
     cluster.wait_clean()
 
 
-def test_a_node_that_crashed_is_clean_when_it_is_back(cluster: SdeeCluster, alice: User) -> None:
-    clear(alice, "crash")
-    command = "srun -w n3 sh -c 'echo x > /opt/private; touch crash-up; sleep 500'"
-    with running(cluster, alice, command):
-        wait_step(cluster, alice, "crash", 1)
-        cluster.crash_node("n3")
-    cluster.start_node("n3")
-    cluster.wait_node("n3")
+def test_what_a_crash_left_is_removed_when_the_daemon_starts(
+    cluster: SdeeCluster, alice: User
+) -> None:
+    """Layers of jobs that nobody knows, and the record of one whose instance is gone."""
+    record = records.Record(999999, alice.uid, "jobs@1", init=2**22 - 1, started=1)
+    text = json.dumps(records.as_json(record))
+    cluster.kill_daemon("n3")
+    cluster.run(
+        "n3",
+        "mkdir -p /var/lib/sdee/jobs/123456/upper/etc /run/sdee/jobs;"
+        f"printf 'ready\n%s\n' '{text}' > /run/sdee/jobs/999999",
+    ).ok()
     cluster.start_daemon("n3")
     cluster.wait_daemon("n3")
     cluster.wait_clean()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from sdee_launch import protocol
-from sdee_launch.slurm import conf, hook, identity, install, records, submit, words
+from sdee_launch.slurm import clients, conf, hook, identity, install, records, submit, transfer
 
 
 def test_slurm_conf_is_read_as_slurm_reads_it() -> None:
@@ -201,31 +201,28 @@ def test_client_program_runs_the_real_command_as_the_user(tmp_path: Path) -> Non
         assert (done.stdout, done.stderr) == ("4321 4322 -u me\n", "")
 
 
-HELP = """
-  -A, --account=name          charge job to specified account
-  -K, --kill-on-bad-exit      kill the job if any task terminates with a
-  -n, --ntasks=ntasks         number of tasks to run
-  -N, --nodes=N               number of nodes on which to run (N = min[-max])
-      --exclusive[=user]      allocate nodes in exclusive mode when
-      --mpi=type              type of MPI being used
-  -v, --verbose               verbose mode (multiple -v's increase verbosity)
-"""
+def test_environment_of_sdee_srun() -> None:
+    assert clients.take_environment(["--env", "a", "-n3", "x"]) == ("a", ["-n3", "x"])
+    assert clients.take_environment(["--env=a", "x"]) == ("a", ["x"])
+    assert clients.take_environment(["-n3", "x", "--env=b"]) == ("", ["-n3", "x", "--env=b"])
+    with pytest.raises(ValueError, match="--env"):
+        clients.take_environment(["--env"])
 
 
-@pytest.mark.parametrize(
-    ("line", "options"),
-    [
-        ("./a.out -n 3", 0),
-        ("-n 6 -N3 ./a.out", 3),
-        ("--nodes 3 --mpi=pmix --exclusive ./a.out --mpi x", 4),
-        ("-vKn 6 ./a.out", 2),
-        ("--ntask 6 hostname", 2),
-        ("-n6 -- -odd", 1),
-        ("-n 6", 2),
-    ],
-)
-def test_where_the_command_begins(line: str, options: int) -> None:
-    given = line.split()
-    ours, command = words.split(given, words.parse_help(HELP))
-    assert ours == given[:options]
-    assert command == [x for x in given[options:] if x != "--"]
+@pytest.mark.parametrize(("text", "size"), [("500", 500), ("2K", 2000), ("1.5G", 1_500_000_000), ("3MiB", 3_000_000)])  # fmt: skip
+def test_sizes(text: str, size: int) -> None:
+    assert transfer.parse_size(text) == size
+
+
+def test_what_came_through_the_users_hands_is_checked() -> None:
+    good = {"ref": "a@3", "identity": "0" * 16, "source": "/x", "transport": "shared"}
+    assert transfer.parse(good).variables() == good
+    for change in (
+        {"ref": "../a@3"},
+        {"ref": "a@x"},
+        {"ref": "a"},
+        {"source": "x"},
+        {"transport": "smoke"},
+    ):
+        with pytest.raises(transfer.TransferError):
+            transfer.parse({**good, **change})

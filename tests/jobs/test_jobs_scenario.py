@@ -53,7 +53,7 @@ def run_mpi(cluster: SdeeCluster, command: str, user: str, **rest: str) -> str:
     raise AssertionError
 
 
-@pytest.mark.parametrize(("engine", "transport"), [("kernel", "shared"), ("fuse", "sbcast")])
+@pytest.mark.parametrize(("engine", "transport"), [("kernel", "shared"), ("fuse", "shared")])
 def test_a_library_in_the_environment_is_on_the_nodes(
     cluster: SdeeCluster, alice: User, engine: str, transport: str
 ) -> None:
