@@ -196,10 +196,9 @@ def laboratory(kind: str, user: User, settings: str = "") -> Iterator[Lab]:
                 try:
                     yield lab
                 finally:
-                    if lab.store().is_dir():
-                        for env in os.listdir(lab.store()):
-                            lab.remove(env)
-                        shutil.rmtree(lab.store(), ignore_errors=True)
+                    for one in lab.instances():
+                        lab.sdee("kill", str(one["env"]))
+                    shutil.rmtree(lab.store(), ignore_errors=True)
         finally:
             if before is None:
                 del os.environ["SDEE_CONFIG"]

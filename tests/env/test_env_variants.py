@@ -85,9 +85,9 @@ def test_volatile_twice(kind: str, alice: User) -> None:
 
 def test_a_wrong_setting_of_the_users_is_told(alice: User) -> None:
     file = alice.home / ".config/sdee/sdee.toml"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with laboratory("rootless-fuse", alice) as lab:
+    with laboratory("rootless-fuse", alice) as lab:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
             file.write_text("[environments]\ndefault = 'of-the-user'\n")
             assert _environment(lab) == "of-the-user"
             file.write_text("[environments]\ncolour = 'red'\n")
@@ -95,8 +95,8 @@ def test_a_wrong_setting_of_the_users_is_told(alice: User) -> None:
             assert done.returncode == 1 and "environments.colour is no setting" in done.stderr
             done = lab.sdee("env", "list")
             assert done.returncode == 1 and "environments.colour is no setting" in done.stderr
-    finally:
-        shutil.rmtree(alice.home / ".config")
+        finally:
+            shutil.rmtree(alice.home / ".config")
 
 
 def _environment(lab: Lab) -> str:
