@@ -12,8 +12,8 @@ import pytest
 
 from tests.fslab import fslab_lab as lab
 
-ENGINES = lab.chosen(lab.RING, lab.PASSTHROUGH, lab.WRITEBACK, lab.PYFUSE3)
-FILES, WORKERS, TURNS = 10_000, 8, 400
+ENGINES = lab.chosen(lab.RING, lab.WRITEBACK, lab.PYFUSE3)
+FILES, WORKERS, TURNS = 10_000, 8, 200
 
 
 def worker(merged: Path, index: int) -> Callable[[], object]:

@@ -10,9 +10,7 @@ import pytest
 from tests.fslab import fslab_lab as lab
 
 
-@pytest.mark.parametrize(
-    "engine", lab.chosen(lab.RING, lab.PASSTHROUGH, lab.PYFUSE3), ids=lambda e: e.name
-)
+@pytest.mark.parametrize("engine", lab.chosen(lab.RING, lab.PYFUSE3), ids=lambda e: e.name)
 def test_one_hundred_thousand_entries(engine: lab.Engine) -> None:
     with lab.workspace("listing", Path("/dev/shm")) as base:
         layers = lab.Layers.make(base)

@@ -16,7 +16,7 @@ import pytest
 
 from tests.fslab import fslab_lab as lab
 
-ENGINES = lab.chosen(lab.RING, lab.PASSTHROUGH, lab.WRITEBACK, lab.PYFUSE3)
+ENGINES = lab.chosen(lab.RING, lab.WRITEBACK)
 ENVIRONMENT = {
     "PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/nonexistent",
     "LC_ALL": "C.UTF-8", "GIT_CONFIG_NOSYSTEM": "1", "GIT_AUTHOR_NAME": "a",
@@ -94,7 +94,7 @@ def prepare(lower: Path) -> None:
         """,
     )
     many = lower / "many"
-    for directory in range(100):
+    for directory in range(40):
         (many / f"d{directory:03}").mkdir(parents=True)
         for number in range(50):
             (many / f"d{directory:03}/f{number}").write_text(
