@@ -34,6 +34,17 @@ def is_mounted(point: Path) -> bool:
     return any(line.split()[4] == str(point) for line in lines)
 
 
+def held_elsewhere(point: Path) -> bool:
+    """Whether a mount namespace that was made meanwhile has a copy of the mount."""
+    for table in Path("/proc").glob("[0-9]*/mountinfo"):
+        try:
+            if f" {point} " in table.read_text(errors="replace"):
+                return True
+        except OSError:
+            continue
+    return False
+
+
 class Server:
     """A running mirror. `root` is the mount, `source` what it shows."""
 
@@ -91,6 +102,8 @@ class Server:
             except OSError:  # busy while a file's release is on its way
                 assert time.monotonic() < end
                 time.sleep(0.02)
+        if held_elsewhere(self.root):
+            self.stop()
         self.ended()
 
     def ended(self) -> dict[str, int]:

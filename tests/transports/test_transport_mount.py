@@ -6,10 +6,12 @@ import ctypes
 import errno
 import mmap
 import os
+import shutil
 import signal
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -512,14 +514,26 @@ def test_nothing_is_burnt_when_idle(transport: str, source: Path, root: Path) ->
         assert ticks() - before <= 2
 
 
+@pytest.fixture
+def homely(alice: object) -> Iterator[tuple[Path, Path]]:
+    """A source and a root that are a user's, where that user may walk."""
+    place = Path(tempfile.mkdtemp(dir=alice.home))  # type: ignore[attr-defined]
+    try:
+        for path in (place, place / "source", place / "root"):
+            path.mkdir(exist_ok=True)
+            os.chown(path, alice.uid, alice.gid)  # type: ignore[attr-defined]
+        yield place / "source", place / "root"
+    finally:
+        shutil.rmtree(place)
+
+
 @pytest.mark.parametrize("transport", ["device", "ring", "pyfuse3"])
-def test_without_privileges_by_fusermount(transport: str, alice: object, tmp_path: Path) -> None:
+def test_without_privileges_by_fusermount(
+    transport: str, alice: object, homely: tuple[Path, Path]
+) -> None:
     """fusermount3 mounts for a user, and hands the device over."""
-    uid, gid, home = alice.uid, alice.gid, alice.home  # type: ignore[attr-defined]
-    source, root = home / f"source-{transport}", home / f"root-{transport}"
-    for path in (source, root):
-        path.mkdir(exist_ok=True)
-        os.chown(path, uid, gid)
+    uid, gid = alice.uid, alice.gid  # type: ignore[attr-defined]
+    source, root = homely
     command = ("setpriv", "--reuid", str(uid), "--regid", str(gid), "--clear-groups", "--")
     with mirror(source, root, transport, command=command, fusermount=True) as server:
         assert server.data_path == "writeback"
@@ -532,13 +546,10 @@ def test_without_privileges_by_fusermount(transport: str, alice: object, tmp_pat
 
 
 @pytest.mark.parametrize("transport", ["device", "ring", "pyfuse3"])
-def test_in_a_user_namespace(transport: str, alice: object) -> None:
+def test_in_a_user_namespace(transport: str, alice: object, homely: tuple[Path, Path]) -> None:
     """Root of a user namespace mounts by itself, without passthrough."""
-    uid, gid, home = alice.uid, alice.gid, alice.home  # type: ignore[attr-defined]
-    source, root = home / f"ns-source-{transport}", home / f"ns-root-{transport}"
-    for path in (source, root):
-        path.mkdir(exist_ok=True)
-        os.chown(path, uid, gid)
+    uid, gid = alice.uid, alice.gid  # type: ignore[attr-defined]
+    source, root = homely
     user = ("setpriv", "--reuid", str(uid), "--regid", str(gid), "--clear-groups", "--")
     with mirror(source, root, transport, command=(*user, "unshare", "-Urm")) as server:
         assert server.data_path == "writeback"
