@@ -102,6 +102,10 @@ class Server:
             except OSError:  # busy while a file's release is on its way
                 assert time.monotonic() < end
                 time.sleep(0.02)
+        self.ends()
+
+    def ends(self) -> None:
+        """It ends, now that nothing holds the mount."""
         if held_elsewhere(self.root):
             self.stop()
         self.ended()

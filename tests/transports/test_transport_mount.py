@@ -497,7 +497,7 @@ def test_lazy_unmount_under_load(transport: str, source: Path, root: Path) -> No
         assert os.pread(fd, 7, 0) == b"content"
         assert server.process.poll() is None
         os.close(fd)
-        server.ended()
+        server.ends()
 
 
 @pytest.mark.parametrize("transport", ["device", "ring", "pyfuse3"])
@@ -569,5 +569,5 @@ def test_in_a_user_namespace(transport: str, alice: object, homely: tuple[Path, 
             capture_output=True, text=True, timeout=DEADLINE,
         )  # fmt: skip
         assert (done.returncode, done.stdout) == (0, "text\nd\nmade\n"), done.stderr
-        server.ended()
+        server.ends()
         assert os.stat(source / "made").st_uid == uid
