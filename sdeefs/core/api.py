@@ -55,7 +55,8 @@ class Entry(NamedTuple):
 
 class Io(enum.Enum):
     """How the kernel reads and writes one open file. All handles of a node that are open at the
-    same time agree, or are DIRECT (the kernel allows one backing file per inode at a time)."""
+    same time agree; DIRECT ones may stand beside CACHED ones, not beside PASSTHROUGH (the kernel
+    allows one backing file per inode at a time, and fails any other open with EIO meanwhile)."""
 
     PASSTHROUGH = "passthrough"  # the kernel uses `Opened.backing` itself (Linux >= 6.9)
     CACHED = "cached"  # page cache, READ and WRITE requests
