@@ -13,15 +13,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import User
+
 Sdee = Callable[..., subprocess.CompletedProcess[str]]
 ENVIRONMENT = "deploy-test"
 OURS = ("--env", ENVIRONMENT)
 
 
 @pytest.fixture
-def sdee(alice: object) -> Iterator[Sdee]:
+def sdee(alice: User) -> Iterator[Sdee]:
     """Run `sdee` as alice, who has an environment with two files."""
-    account = pwd.getpwnam(alice.name)  # type: ignore[attr-defined]
+    account = pwd.getpwnam(alice.name)
     share = Path(account.pw_dir) / ".local/share/sdee"
 
     def call(*words: str, status: int = 0) -> subprocess.CompletedProcess[str]:
