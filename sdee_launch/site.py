@@ -17,7 +17,7 @@ from mount_helpers import syscalls as sc
 from mount_helpers.mountinfo import read_mounts
 from mount_helpers.namespaces import user_namespace, write_id_maps
 from sdee_launch import engines, environments, layers, plan, protocol, workload
-from sdee_launch.accounts import Account, IdMaps, id_maps
+from sdee_launch.accounts import Account, IdMaps, id_maps, lower_maps
 from sdee_launch.assemble import Material, clone_private
 from sdee_launch.config import Settings
 from sdee_launch.engines import EngineProblem, Layers, Merged
@@ -282,7 +282,7 @@ def _shifted(point: bytes, maps: IdMaps) -> int:
     try:
         key = ("userns", maps)
         if key not in _caches:
-            _caches[key] = user_namespace(*maps)
+            _caches[key] = user_namespace(*lower_maps(maps))
         sc.mount_setattr(
             fd, b"", sc.AT_EMPTY_PATH, attr_set=sc.MOUNT_ATTR_IDMAP, userns_fd=_caches[key]
         )
@@ -303,7 +303,7 @@ def _mask_layer(tree: str, maps: IdMaps | None) -> int:
         for old in [k for k in _caches if isinstance(k, tuple) and k[0] == "mask"]:
             if old[2] == maps:
                 os.close(_caches.pop(old))
-        _caches[key] = masks.open_layer(tree, *maps) if maps else masks.open_layer(tree)
+        _caches[key] = masks.open_layer(tree, *lower_maps(maps)) if maps else masks.open_layer(tree)
     return _caches[key]
 
 

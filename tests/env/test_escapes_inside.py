@@ -7,6 +7,7 @@ own layer tells inside from outside.
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -258,6 +259,25 @@ def test_a_secret_made_while_the_instance_lives(node: Node, alice: User) -> None
             assert "of today" not in node.sshd.run(alice, f"cat {path}").stdout
         finally:
             path.unlink()
+
+
+def test_private_files_of_others_are_never_readable(node: Node, alice: User, bob: User) -> None:
+    """Not by a mask, but by their ids: also what another user makes just now."""
+    theirs, own = Path("/srv/of-bob"), Path("/srv/of-alice")
+    with node.sleeping(alice):
+        try:
+            for path, user in ((theirs, bob), (own, alice)):
+                path.touch(0o600)
+                path.write_text(f"private to {user.name}\n")
+                os.chown(path, user.uid, user.gid)
+            said = node.sshd.run(alice, READING.format(theirs))
+            assert f"private to {bob.name}" not in said.stdout
+            said_own = node.say(alice, f"cat {own}; echo more >> {own}; tail -1 {own}")
+            assert said_own == f"private to {alice.name}\nmore"
+            assert own.read_text() == f"private to {alice.name}\n"
+        finally:
+            theirs.unlink()
+            own.unlink()
 
 
 def test_shadow_has_no_hash_and_works(node: Node, alice: User) -> None:
