@@ -60,6 +60,8 @@ def main() -> None:
                 answer = server.counters()
             elif word == "calls":
                 answer = [repr(call) for call in mirror.calls]
+            elif word == "queued":
+                answer = len(server._workers._jobs)
             elif word == "nodes":
                 answer = [len(mirror.nodes), len(mirror.handles)]
             elif word == "storm":

@@ -364,7 +364,7 @@ def test_a_killed_caller_of_a_waiting_request(
         first = subprocess.Popen(["chmod", "0707", root / "file"])
         wait_for(lambda: len(server.ask("calls")) == 1, "the first request")
         second = subprocess.Popen(["chmod", "0707", root / "directory"])
-        wait_for(lambda: len(server.ask("calls")) == 2, "the second request")
+        wait_for(lambda: server.ask("queued") == 1, "the second request")
         second.send_signal(signal.SIGKILL)
         assert second.wait(DEADLINE) == -signal.SIGKILL
         gate.touch()
