@@ -106,9 +106,9 @@ def check_layers(options: Options) -> None:
         if _key(found) in taken:
             raise Refused(f"lower {text(path)} and {taken[_key(found)]} are the same directory")
         taken[_key(found)] = f"lower {text(path)}"
-    for path, _ in lowers:
+    for path, found in lowers:
         for above in _ancestors(path):
-            if above in taken:
+            if above in taken and above != _key(found):  # itself: a bind mount of what it lies in
                 raise Refused(f"lower {text(path)} lies in {taken[above]}: layers must not overlap")
 
 

@@ -120,11 +120,11 @@ SCRIPTS = {
         i=0; while [ $i -lt 15 ]; do
             echo "begin; insert into t(b) values ('row $i'), (hex(zeroblob(2000))); commit;"
             i=$((i+1)); done | sqlite3 base.db
-        sqlite3 base.db "insert into t(b) values ('left');" &
+        sqlite3 -cmd ".timeout 20000" base.db "insert into t(b) values ('left');" &
         sqlite3 -cmd ".timeout 20000" base.db "insert into t(b) values ('right');"; wait
-        sqlite3 base.db "pragma wal_checkpoint(truncate); pragma integrity_check;
+        sqlite3 -cmd ".timeout 20000" base.db "pragma wal_checkpoint(truncate); pragma integrity_check;
             select count(*), sum(length(b)) from t; vacuum; pragma integrity_check;"
-        sqlite3 base.db "select group_concat(b) from (select b from t where b > 'a' order by b)"
+        sqlite3 -cmd ".timeout 20000" base.db "select group_concat(b) from (select b from t where b > 'a' order by b)"
         rm -f base.db*
         """,
     "tar": """
