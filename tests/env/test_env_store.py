@@ -80,8 +80,9 @@ def test_reset_follows_no_link(lab: Lab, env: str) -> None:
     os.chown(outside, lab.user.uid, lab.user.gid)
     (outside / "file").write_text("keep")
     try:
-        lab.say(f"rm -rf /opt; ln -s {outside} /opt", env=env)
-        _ok(lab, "reset", "--env", env, "/opt/file")
+        place = "/usr/share/doc/adduser"
+        lab.say(f"rm -rf {place}; ln -s {outside} {place}", env=env)
+        _ok(lab, "reset", "--env", env, f"{place}/file")
         assert (outside / "file").read_text() == "keep"
     finally:
         (outside / "file").unlink()
