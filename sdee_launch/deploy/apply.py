@@ -227,7 +227,6 @@ class Apply:
             if member.size != entry.size:
                 continue  # an attempt while it was being written; another follows
             dirfd, name = self._places.parent(entry.path)
-            _remove(dirfd, name)
             with _new_file(dirfd, name) as target:
                 if member.extract(target) != entry.digest:
                     os.ftruncate(target, 0)
@@ -295,7 +294,11 @@ def _remove(dirfd: int, name: bytes) -> None:
 @contextlib.contextmanager
 def _new_file(dirfd: int, name: bytes) -> Iterator[int]:
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-    fd = os.open(name, flags, 0o600, dir_fd=dirfd)
+    try:
+        fd = os.open(name, flags, 0o600, dir_fd=dirfd)
+    except FileExistsError:
+        os.unlink(name, dir_fd=dirfd)
+        fd = os.open(name, flags, 0o600, dir_fd=dirfd)
     try:
         yield fd
     finally:

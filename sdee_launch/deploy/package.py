@@ -142,6 +142,7 @@ class Packer:
             info.pax_headers = {"SDEE.map": text, "SDEE.size": str(before.st_size)}
         source = _Pieces(fd, parts, before.st_size)
         self._tar.addfile(info, source)
+        self._tar.members.clear()  # type: ignore[attr-defined]  # it would keep all
         digest = source.finish()
         after = os.fstat(fd)
         steady = (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
@@ -220,8 +221,10 @@ def read(file: Any) -> Iterator[Member]:
         stream = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).stream_reader(
             file, read_across_frames=False
         )
-        with tarfile.open(fileobj=stream, mode="r|", bufsize=BLOCK) as tar:
-            for info in tar:
+        # tarfile copies what is left of its buffer at each read: a small one.
+        with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 15) as tar:
+            while (info := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep all
                 if info.name == SUMS:
                     ended = True
                     continue

@@ -114,6 +114,27 @@ with tempfile.TemporaryFile() as file:
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
+    _bounded(code, 200_000)
+
+
+def test_memory_doesn_t_grow_with_the_number_of_files_in_a_package() -> None:
+    code = """
+import os, resource, sys, tempfile
+from sdee_launch.deploy import package
+with tempfile.TemporaryFile() as file, tempfile.TemporaryFile() as content:
+    content.write(b"content")
+    content.flush()
+    with package.Packer(file) as packer:
+        for n in range(int(sys.argv[1])):
+            packer.add(b"dir/%09d" % n, content.fileno())
+    file.seek(0)
+    assert sum(1 for member in package.read(file)) == int(sys.argv[1])
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    _bounded(code, 20_000)
+
+
+def _bounded(code: str, most: int) -> None:
     def peak(count: int) -> int:
         done = subprocess.run(
             [sys.executable, "-I", "-c", code, str(count)],
@@ -121,7 +142,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
         )  # fmt: skip
         return int(done.stdout)
 
-    few, many = peak(1000), peak(200_000)
+    few, many = peak(1000), peak(most)
     assert many < few + 16 * 1024  # KiB
 
 
