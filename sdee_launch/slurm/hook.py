@@ -16,7 +16,7 @@ from sdee_launch import protocol
 from sdee_launch.slurm import records
 
 #: A daemon that is restarting is waited for this long.
-PATIENCE = 10.0
+PATIENCE = 6.0
 
 
 def _request(op: str, **fields: object) -> dict[str, object]:

@@ -155,10 +155,11 @@ def fetch(
     `source`: in place of the state directory, an unpacked bundle.
     """
     reference = parse(variables)
+    limit = str(settings.section("deploy").get("cache_limit", "0"))
     try:
         done = api.ensure(
             account, cache_directory(settings), source or reference.source, reference.identity,
-            reference.generation, f"job-{job}",
+            reference.generation, f"job-{job}", limit=parse_size(limit),
         )  # fmt: skip
     except (DeployProblem, OSError) as error:
         raise TransferError(str(error)) from None
