@@ -35,7 +35,11 @@ def bob() -> Iterator[User]:
 @pytest.fixture(scope="session")
 def cluster(alice: User, bob: User) -> Iterator[SdeeCluster]:
     """A controller, a login node and three compute nodes."""
-    for user in (alice, bob):  # numbers of jobs begin anew
-        shutil.rmtree(user.home / ".local", ignore_errors=True)
+    for user in (alice, bob):  # numbers of jobs begin anew: nothing of an earlier run may stay
+        for path in user.home.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif not path.name.startswith("."):
+                path.unlink()
     with SdeeCluster() as cluster:
         yield cluster

@@ -174,7 +174,8 @@ def test_signal_option_and_scancel_reach_the_tasks_once(cluster: SdeeCluster, al
     (alice.home / "trap.sh").write_text(f"#!/bin/bash\n{trap}\n")
     job = cluster.inside("sbatch --parsable -o trap.out trap.sh", alice.name).ok().strip()
     wait_for(lambda: (alice.home / f"ready-{job}").exists(), "the job runs")
-    cluster.run("login1", ["scancel", "-b", "-s", "USR1", job], alice.name).ok()
+    signal = ["scancel", "-b", "-s", "USR1", job]
+    wait_for(lambda: cluster.run("login1", signal, alice.name).code == 0, "scancel")
     wait_for(lambda: "got" in read(alice.home / "trap.out"), "the signal")
     (alice.home / f"stop-{job}").touch()
     wait_for(lambda: not cluster.run("login1", ["squeue", "-h", "-j", job]).out.strip(), "its end")

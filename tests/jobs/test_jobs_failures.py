@@ -94,7 +94,7 @@ def test_death_of_an_instance_s_init_ends_the_job(
 ) -> None:
     clear(alice, "init")
     with running(
-        cluster, alice, "srun -K -N2 sh -c 'touch init-$SLURM_PROCID; sleep 500'", engine
+        cluster, alice, "srun -K -w n1,n2 sh -c 'touch init-$SLURM_PROCID; sleep 500'", engine
     ) as job:
         wait_step(cluster, alice, "init", 2)
         cluster.run("n1", ["kill", "-KILL", instance_pid(cluster, "n1")]).ok()
@@ -115,7 +115,7 @@ def test_death_of_the_fuse_server_fails_the_job_and_leaves_nothing(
     cluster: SdeeCluster, alice: User
 ) -> None:
     clear(alice, "server")
-    command = "srun -K -N2 sh -c 'touch server-$SLURM_PROCID; while ls /usr/include >/dev/null; do sleep 0.2; done; exit 5'"
+    command = "srun -K -w n1,n2 sh -c 'touch server-$SLURM_PROCID; while ls /usr/include >/dev/null; do sleep 0.2; done; exit 5'"
     with running(cluster, alice, command, "fuse") as job:
         wait_step(cluster, alice, "server", 2)
         # The brackets: not timeout(1) with this very command line.
@@ -131,7 +131,7 @@ def test_death_of_the_fuse_server_fails_the_job_and_leaves_nothing(
 def test_jobs_live_through_the_death_of_slurmd_and_sdeed(cluster: SdeeCluster, alice: User) -> None:
     clear(alice, "live")
     command = (
-        "srun -N2 sh -c 'touch live-$SLURM_PROCID; "
+        "srun -w n1,n2 sh -c 'touch live-$SLURM_PROCID; "
         "for i in $(seq 900); do [ -e live-stop ] && break; sleep 0.1; done; cat /etc/whose'"
     )
     with running(cluster, alice, command) as job:
