@@ -106,6 +106,9 @@ class Daemon:
                 self.end_instances()
         finally:
             self.stop()
+            # Where there is a socket, clients believe in a daemon that is just restarting.
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.socket)
             subprocess.run(
                 ["umount", "-i", "-l", f"{self.state}/masks"],
                 check=False, capture_output=True, timeout=20,
