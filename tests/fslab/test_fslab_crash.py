@@ -23,7 +23,7 @@ from tests.fslab.oracle_steps import Generator, Step
 SEVERAL_REQUESTS = ("remove_tree", "copy_range", "map_write", "append")
 #: What a caller sees of a server that has gone.
 # ECANCELED: the kernel takes back what waits in a ring whose thread was killed.
-GONE = ("ENOTCONN", "ECONNABORTED", "ECANCELED", "EIO")
+GONE = ("ENOTCONN", "ECONNABORTED", "ECANCELED", "EIO", "EINTR")
 
 
 @dataclass
@@ -61,6 +61,7 @@ class Crashes:
         assert live.server is not None
         root, their_root = f"{live.point}/0", f"{theirs.merged}/0"
         generator = Generator(self.seed * 1000 + number, self.engine.lacks)
+        generator.xattrs = ("user.a", "trusted.t")  # fsck would ask what the others are for
         generator.calls = [c for c in generator.calls if c not in SEVERAL_REQUESTS]
         player, yardstick = Player(root), Player(their_root, f"{theirs.upper}/0")
         killer = threading.Timer(rng.random() * 0.08, live.server.kill)
