@@ -41,9 +41,6 @@ class Workload(Protocol):
     def states(self, uid: int) -> Mapping[int, str]:
         """The state of each of a user's jobs that it still knows, by job number."""
 
-    def broadcast(self, job: int, source: str, target: str) -> None:
-        """Copy a file to `target` on every node of a job, as the caller. Raises OSError."""
-
 
 def workload() -> Workload | None:
     """The workload manager of this machine, if there is one."""

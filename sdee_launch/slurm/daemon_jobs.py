@@ -18,7 +18,7 @@ from sdee_launch.daemon import Daemon
 from sdee_launch.daemon_ops import STARTERS, Reply, Request, operation
 from sdee_launch.daemon_requests import ENGINES, join_instance, owner_of
 from sdee_launch.protocol import Refused
-from sdee_launch.slurm import filters, identity, records
+from sdee_launch.slurm import filters, identity, records, sender
 
 log = logging.getLogger("sdeed")
 
@@ -77,6 +77,8 @@ async def job_submit(daemon: Daemon, request: Request) -> Reply:
         raise Refused(f"engine {engine[:40]!r}: one of {', '.join(ENGINES)}", "bad-request")
     if engine != "auto":
         variables["engine"] = engine
+    if variables["transport"] == "sbcast":
+        sender.promise(daemon, owner.uid, str(variables["identity"]), str(variables["source"]))
     if request.get("keep", bool, False):
         variables["keep"] = "1"
     return Reply({"variables": variables, "warning": result.get("warning", "")})
@@ -246,6 +248,7 @@ async def clean_up(daemon: Daemon) -> None:
         await daemon.call(0, f"{_NODE}:clear_others", {"keep": keep})
     except Refused as error:
         log.error("what crashed jobs left was not removed: %s", error)
+    sender.start(daemon)
     if any(records.every()):
         daemon.nursery.start_soon(_end_jobs_without_epilog, daemon)
 

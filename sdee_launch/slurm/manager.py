@@ -42,14 +42,5 @@ class Slurm:
                 found[int(number)] = state
         return found
 
-    def broadcast(self, job: int, source: str, target: str) -> None:
-        """By sbcast: a tree of slurmds, whose root sends the bytes a few times only."""
-        done = subprocess.run(
-            ["sbcast", "--force", f"--jobid={job}", source, target],
-            capture_output=True, text=True, timeout=3600, check=False, stdin=subprocess.DEVNULL,
-        )  # fmt: skip
-        if done.returncode:
-            raise OSError(f"sbcast {source}: {done.stderr.strip() or f'exit {done.returncode}'}")
-
 
 manager = Slurm()

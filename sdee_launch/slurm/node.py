@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 
 from sdee_launch import config
 from sdee_launch.accounts import Account, account_of
+from sdee_launch.deploy.errors import DeployProblem
 from sdee_launch.environments import EnvironmentProblem
 from sdee_launch.protocol import Refused
 from sdee_launch.site import as_user
-from sdee_launch.slurm import records, reports, transfer
+from sdee_launch.slurm import broadcast, records, reports, transfer
 
 #: A job's own layers are in directories below it, one per job.
 JOBS = "/var/lib/sdee/jobs"
@@ -56,6 +58,15 @@ def prepare(uid: int, job: int, variables: dict[str, str]) -> dict[str, object]:
     except OSError as error:
         raise Refused(f"{place}: {error.strerror}") from None
     return {"place": place, "bytes": count, "options": {"lowers": [tree], "place": place}}
+
+
+def send(uid: int, state: str, wish: list[object]) -> int:
+    """From a login node: what a job's nodes lack of a generation, by sbcast."""
+    account, _ = _account(uid)
+    try:
+        return broadcast.send(account, state, broadcast.Wish(*wish))  # type: ignore[arg-type]
+    except (DeployProblem, subprocess.SubprocessError) as error:
+        raise Refused(str(error)) from None
 
 
 def report(uid: int, job: int) -> None:

@@ -1,8 +1,7 @@
-"""Between a job and sdee_launch.deploy: where generations are kept, and how they reach a node.
+"""Between a job and sdee_launch.deploy: how a generation is published, fetched, let go and saved.
 
-`shared`: the state directory lies where all nodes see it, below the user's home unless the site
-says otherwise; each node reads what it lacks. `sbcast`: it lies on the login node, whose daemon
-sends one file to all nodes of a job when it starts (broadcast.py).
+`shared`: the state directory lies where all nodes see it; each node reads what it lacks. `sbcast`:
+it lies on the login node, whose daemon sends one file to all nodes of a job (broadcast.py).
 """
 
 from __future__ import annotations
@@ -14,16 +13,14 @@ from dataclasses import dataclass
 from sdee_launch import environments
 from sdee_launch.accounts import Account
 from sdee_launch.config import Settings
-from sdee_launch.deploy import api, cache
+from sdee_launch.deploy import api, cache, places
 from sdee_launch.deploy.errors import DeployProblem
 from sdee_launch.deploy.generations import State
 from sdee_launch.deploy.inside import run_inside
 from sdee_launch.site import as_user
+from sdee_launch.slurm import broadcast
 from sdee_launch.slurm.records import Record
 
-TRANSPORTS = ("shared",)
-SHARED_SPOOL = "{home}/.local/share/sdee/spool"
-LOCAL_SPOOL = "/var/lib/sdee/spool/{uid}"
 #: More than so many bytes in one package are worth a word.
 WARN_BYTES = 1_000_000_000
 
@@ -57,42 +54,15 @@ def parse(variables: dict[str, str]) -> Reference:
     name, _, number = variables.get("ref", "").partition("@")
     transport = variables.get("transport", "shared")
     source = variables.get("source", "")
-    if not environments.valid_name(name) or not number.isdigit() or transport not in TRANSPORTS:
+    if (
+        not environments.valid_name(name)
+        or not number.isdigit()
+        or transport not in places.TRANSPORTS
+    ):
         raise TransferError("what the job asks for isn't understood")
     if not source.startswith("/"):
         raise TransferError(f"{source[:80]!r} is no place of generations")
     return Reference(name, int(number), variables.get("identity", ""), source, transport)
-
-
-def cache_directory(settings: Settings) -> str:
-    """Where this node keeps generations."""
-    return str(settings.section("deploy").get("cache", api.DEFAULT))
-
-
-def _transport(settings: Settings, wanted: str) -> str:
-    chosen = wanted or str(settings.section("deploy").get("transport", "shared"))
-    if chosen not in TRANSPORTS:
-        raise TransferError(f"transport {chosen[:40]!r}: one of {', '.join(TRANSPORTS)}")
-    return chosen
-
-
-def _state(account: Account, settings: Settings, environment: str, transport: str) -> str:
-    default = SHARED_SPOOL if transport == "shared" else LOCAL_SPOOL
-    pattern = default
-    if transport == "shared":
-        pattern = str(settings.section("deploy").get("spool", default))
-    top = pattern.format(home=account.home, user=account.name, uid=account.uid)
-    if transport == "sbcast":
-        _own_directory(top, account)
-    return os.path.join(top, environment)
-
-
-def _own_directory(path: str, account: Account) -> None:
-    """A directory of the user's in one of root's."""
-    os.makedirs(os.path.dirname(path), mode=0o711, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(path, 0o700)
-        os.chown(path, account.uid, account.gid)
 
 
 def publish(
@@ -107,14 +77,14 @@ def publish(
 
     Raises TransferError, EnvironmentProblem.
     """
-    way = _transport(settings, transport)
-    state = _state(account, settings, environment, way)
     site = [
         *settings.section("deploy").get("exclude", ()),
         *settings.section("jobs").get("exclude", ()),
     ]
     warning = ""
     try:
+        way = places.transport(settings, transport)
+        state = places.state_directory(account, settings, environment, way)
         if generation:
             identity = run_inside(account, lambda: _known(state, generation))
         else:
@@ -148,52 +118,47 @@ def _known(state: str, generation: int) -> str:
 
 
 def fetch(
-    account: Account, settings: Settings, job: int, variables: dict[str, str], source: str = ""
+    account: Account, settings: Settings, job: int, variables: dict[str, str]
 ) -> tuple[str, int]:
-    """The generation's tree in this node's cache, and the bytes that it took. Raises TransferError.
-
-    `source`: in place of the state directory, an unpacked bundle.
-    """
+    """The generation's tree in this node's cache, and the bytes that it took. Raises TransferError."""
     reference = parse(variables)
-    limit = str(settings.section("deploy").get("cache_limit", "0"))
+    key, where = f"job-{job}", places.cache_directory(settings)
+    number, identity = reference.generation, reference.identity
     try:
-        done = api.ensure(
-            account, cache_directory(settings), source or reference.source, reference.identity,
-            reference.generation, f"job-{job}", limit=parse_size(limit),
-        )  # fmt: skip
+        if reference.transport == "shared":
+            done = api.ensure(account, where, reference.source, identity, number, key)
+            return done.tree, done.bytes_read
+        source, size = broadcast.receive(account, job, identity, number, everything=False)
+        try:
+            tree = api.ensure(account, where, source, identity, number, key).tree
+        except DeployProblem:
+            # This node has lost what it was sent once.
+            source, more = broadcast.receive(account, job, identity, number, everything=True)
+            tree, size = api.ensure(account, where, source, identity, number, key).tree, size + more
+        broadcast.empty(job)
+        return tree, size
     except (DeployProblem, OSError) as error:
         raise TransferError(str(error)) from None
-    return done.tree, done.bytes_read
 
 
 def release(account: Account, settings: Settings, job: int) -> None:
     """The job uses its generation no more; what is too much in the cache goes."""
-    where = cache_directory(settings)
+    where = places.cache_directory(settings)
+    broadcast.clear(job)
     try:
         api.release(account, where, f"job-{job}")
         limit = settings.section("deploy").get("cache_limit")
         if limit:
-            cache.prune(account, where, parse_size(str(limit)))
+            cache.prune(account, where, places.parse_size(str(limit)))
     except (DeployProblem, OSError) as error:
         raise TransferError(str(error)) from None
-
-
-def parse_size(text: str) -> int:
-    """Bytes of `500M`, `20G`, `1.5T` or a plain number. Raises TransferError."""
-    units = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-    plain = text.strip().upper().removesuffix("B").removesuffix("I")
-    factor = units.get(plain[-1:], 1)
-    try:
-        return int(float(plain.rstrip("KMGT")) * factor)
-    except ValueError:
-        raise TransferError(f"{text!r} is no size") from None
 
 
 def save(account: Account, settings: Settings, record: Record) -> dict[str, object]:
     """A new generation of what a job has: its generation and its own layer. Raises TransferError."""
     reference = parse(record.variables)
-    tree = f"{cache_directory(settings)}/{account.uid}/{reference.identity}/{reference.generation}/tree"
-    state = _state(account, settings, reference.environment, "shared")
+    tree = f"{places.cache_directory(settings)}/{account.uid}/{reference.identity}/{reference.generation}/tree"
+    state = places.state_directory(account, settings, reference.environment, "shared")
     try:
         done = api.save(account, [tree], f"{record.place}/upper", state)
     except (DeployProblem, OSError) as error:
@@ -206,7 +171,7 @@ def save(account: Account, settings: Settings, record: Record) -> dict[str, obje
 
 def caches(settings: Settings) -> list[dict[str, object]]:
     """By user: generations in this node's cache and their bytes on disk."""
-    where = cache_directory(settings)
+    where = places.cache_directory(settings)
     found: list[dict[str, object]] = []
     with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(where)):

@@ -50,14 +50,19 @@ def test_a_job_that_starts_later_sees_the_state_at_submission(
     assert cluster.inside(now, alice.name).ok() == "new\nnew\n"
 
 
-def test_only_what_changed_travels(cluster: SdeeCluster, alice: User) -> None:
-    cluster.inside("head -c 3000000 /dev/urandom > /opt/blob; srun -N3 true", alice.name).ok()
+@pytest.mark.parametrize("transport", ["shared", "sbcast"])
+def test_only_what_changed_travels(cluster: SdeeCluster, alice: User, transport: str) -> None:
+    how = {"SDEE_JOB_TRANSPORT": transport}
+    cluster.inside(
+        "head -c 3000000 /dev/urandom > /opt/blob; srun -N3 true", alice.name, env=how
+    ).ok()
     assert deployed(cluster, alice) >= 3 * 3_000_000
-    cluster.inside("srun -N3 true", alice.name).ok()
-    assert deployed(cluster, alice) == 0
-    cluster.inside("echo small > /opt/small; srun -N3 cat /opt/small", alice.name).ok()
-    assert 0 < deployed(cluster, alice) < 3 * 20_000
-    seen = cluster.inside("rm /opt/blob; srun -N3 ls /opt", alice.name).ok()
+    cluster.inside("srun -N3 true", alice.name, env=how).ok()
+    assert deployed(cluster, alice) <= (0 if transport == "shared" else 3 * 20_000)
+    small = "echo small > /opt/small; srun -N3 cat /opt/small"
+    cluster.inside(small, alice.name, env=how).ok()
+    assert 0 < deployed(cluster, alice) < 3 * 25_000
+    seen = cluster.inside("rm /opt/blob; srun -N3 ls /opt", alice.name, env=how).ok()
     assert "blob" not in seen
     assert seen.split().count("small") == 3
 

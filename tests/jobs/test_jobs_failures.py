@@ -128,6 +128,19 @@ def test_death_of_the_fuse_server_fails_the_job_and_leaves_nothing(
     assert cluster.inside("srun cat /etc/whose", alice.name).ok() == "alice\n"
 
 
+def test_a_node_that_lost_its_cache_is_sent_all_of_it(cluster: SdeeCluster, alice: User) -> None:
+    how = {"SDEE_JOB_TRANSPORT": "sbcast"}
+    command = "echo $RANDOM > /opt/cached; srun -w n1,n2 cat /etc/whose"
+    assert cluster.inside(command, alice.name, "lost", env=how).code != 0, "no such file yet"
+    command = "echo lost > /etc/whose; " + command
+    assert cluster.inside(command, alice.name, "lost", env=how).ok() == "lost\n" * 2
+    cluster.wait_clean()
+    cluster.run("n2", "rm -rf /var/lib/sdee/cache/*").ok()
+    command = "echo more > /opt/more; srun -w n1,n2 cat /etc/whose"
+    assert cluster.inside(command, alice.name, "lost", env=how).ok() == "lost\n" * 2
+    cluster.wait_clean()
+
+
 def test_jobs_live_through_the_death_of_slurmd_and_sdeed(cluster: SdeeCluster, alice: User) -> None:
     clear(alice, "live")
     command = (

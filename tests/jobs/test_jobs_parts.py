@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 from pathlib import Path
@@ -9,7 +10,17 @@ from pathlib import Path
 import pytest
 
 from sdee_launch import protocol
-from sdee_launch.slurm import clients, conf, hook, identity, install, records, submit, transfer
+from sdee_launch.slurm import (
+    broadcast,
+    clients,
+    conf,
+    hook,
+    identity,
+    install,
+    records,
+    submit,
+    transfer,
+)
 
 
 def test_slurm_conf_is_read_as_slurm_reads_it() -> None:
@@ -209,11 +220,6 @@ def test_environment_of_sdee_srun() -> None:
         clients.take_environment(["--env"])
 
 
-@pytest.mark.parametrize(("text", "size"), [("500", 500), ("2K", 2000), ("1.5G", 1_500_000_000), ("3MiB", 3_000_000)])  # fmt: skip
-def test_sizes(text: str, size: int) -> None:
-    assert transfer.parse_size(text) == size
-
-
 def test_what_came_through_the_users_hands_is_checked() -> None:
     good = {"ref": "a@3", "identity": "0" * 16, "source": "/x", "transport": "shared"}
     assert transfer.parse(good).variables() == good
@@ -226,3 +232,17 @@ def test_what_came_through_the_users_hands_is_checked() -> None:
     ):
         with pytest.raises(transfer.TransferError):
             transfer.parse({**good, **change})
+
+
+def test_a_job_s_wish_is_read_from_scontrol() -> None:
+    text = (
+        "JobId=12 JobName=x UserId=al(1001) GroupId=al(1001) JobState=RUNNING Reason=Prolog "
+        "AdminComment=sdee-wants:00112233445566ff@7 ReqNodeList=(null) NodeList=n[1-3] BatchHost=n1"
+    )
+    wish = broadcast.Wish(12, 1001, "00112233445566ff", 7, False, "n[1-3]")
+    assert broadcast.parse_job(text) == wish
+    assert broadcast.note(wish.identity, 7) in text
+    everything = text.replace("sdee-wants:", "sdee-wants-all:")
+    assert broadcast.parse_job(everything) == dataclasses.replace(wish, everything=True)
+    assert broadcast.parse_job(text.replace("RUNNING", "COMPLETED")) is None
+    assert broadcast.parse_job(text.replace("sdee-wants", "sdee")) is None

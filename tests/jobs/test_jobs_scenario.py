@@ -53,7 +53,7 @@ def run_mpi(cluster: SdeeCluster, command: str, user: str, **rest: str) -> str:
     raise AssertionError
 
 
-@pytest.mark.parametrize(("engine", "transport"), [("kernel", "shared"), ("fuse", "shared")])
+@pytest.mark.parametrize(("engine", "transport"), [("kernel", "shared"), ("fuse", "sbcast")])
 def test_a_library_in_the_environment_is_on_the_nodes(
     cluster: SdeeCluster, alice: User, engine: str, transport: str
 ) -> None:
@@ -92,5 +92,6 @@ def test_a_library_in_the_environment_is_on_the_nodes(
     assert mine[0]["nodes"] == ["n1", "n2", "n3"]
     assert mine[0]["engine"] == engine
     assert mine[0]["bytes"] > 0
-    assert mine[1]["bytes"] == 0, "an unchanged environment travels once"
+    most = 0 if transport == "shared" else 3 * 20_000  # a manifest for each node
+    assert mine[1]["bytes"] <= most, "an unchanged environment travels once"
     cluster.wait_clean()
