@@ -85,6 +85,7 @@ def no_left_overs(request: pytest.FixtureRequest) -> Iterator[None]:
 
     What was there before the test (a room's own server or cluster) may be there after it.
     """
+    os.umask(0o022)  # the core sets its own, in this process too where a test calls it
     mounts, processes = _mounts(), set(_our_processes())
     yield
     if _shared():

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from mount_helpers import probe, syscalls
 from mount_helpers.mountinfo import mount_at, parse_line, read_mounts
 from mount_helpers.namespaces import IdRange, subordinate_ids, user_namespace
