@@ -1,7 +1,8 @@
 """`sdee srun`, `sdee sbatch`, `sdee salloc`: a job in an environment, from outside of any.
 
 `sdee srun [--env NAME] SRUN'S OPTIONS…` is `srun --sdee=NAME …`, with the user's default
-environment where none is named. It takes the site's plugin.
+environment where none is named. Where the site has no plugin, or with `--rootless` first, the
+same is done without any privilege (rootless.py).
 """
 
 from __future__ import annotations
@@ -13,10 +14,6 @@ from collections.abc import Sequence
 
 from sdee_launch import config
 from sdee_launch.slurm import submit
-
-
-class NoPlugin(OSError):
-    """This Slurm knows no --sdee."""
 
 
 def take_environment(words: Sequence[str]) -> tuple[str, list[str]]:
@@ -42,8 +39,11 @@ def _default() -> str:
 
 
 def run(command: str, words: Sequence[str]) -> int:
-    """Become the Slurm command. Raises OSError, ValueError with the reason."""
-    name, rest = take_environment(words)
+    """Become the Slurm command. Raises OSError, ValueError, DeployProblem, EnvironmentProblem."""
+    from sdee_launch.slurm import rootless
+
+    alone = list(words[:1]) == ["--rootless"]
+    name, rest = take_environment(words[1:] if alone else words)
     path = shutil.which(command)
     if path is None:
         raise FileNotFoundError(f"there is no {command} on this machine")
@@ -52,6 +52,8 @@ def run(command: str, words: Sequence[str]) -> int:
     )
     if shown.returncode:
         raise OSError(f"{command} --help: {shown.stderr.strip()}")
-    if "--sdee=" not in shown.stdout:
-        raise NoPlugin("this Slurm has no SDEE plugin; its administrator: sdee install --slurm")
-    os.execv(path, [command, f"--sdee={name or _default()}", *rest])
+    plugin = "--sdee=" in shown.stdout
+    alone = alone or rootless.VARIABLE in os.environ
+    if plugin and not alone:
+        os.execv(path, [command, f"--sdee={name or _default()}", *rest])
+    return rootless.submit(command, rest, name or _default(), ["--sdee=no"] if plugin else [])

@@ -39,11 +39,13 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def _submit(options: argparse.Namespace) -> int:
+    from sdee_launch.deploy.errors import DeployProblem
+    from sdee_launch.environments import EnvironmentProblem
     from sdee_launch.slurm import clients
 
     try:
         return clients.run(options.command_name, options.words)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DeployProblem, EnvironmentProblem) as error:
         print(f"sdee {options.command_name}: {error}", file=sys.stderr)
         return 1
 

@@ -67,6 +67,31 @@ def test_only_what_changed_travels(cluster: SdeeCluster, alice: User, transport:
     assert seen.split().count("small") == 3
 
 
+def test_what_a_job_wrote_is_kept_on_wish(cluster: SdeeCluster, alice: User) -> None:
+    """By `sdee job save` in the job, and at its end by --sdee-keep; else it is gone."""
+    write = "srun sh -c 'echo kept > /opt/kept; cat /opt/kept; sdee job save'"
+    out = cluster.inside("mkdir -p /opt; " + write, alice.name, "saving").ok().splitlines()
+    assert out[0] == "kept"
+    saved = out[1].removeprefix("saved as ")
+    assert saved.startswith("saving@")
+    assert (
+        cluster.inside("ls /opt; srun ls /opt", alice.name, "saving").ok().split().count("kept")
+        == 0
+    )
+    with_it = ["srun", f"--sdee={saved}", "cat", "/opt/kept"]
+    assert cluster.run("login1", with_it, alice.name).ok() == "kept\n"
+    keep = "srun --sdee-keep sh -c 'echo keeper > /opt/keeper'"
+    cluster.inside(keep, alice.name, "saving").ok()
+    cluster.wait_clean()
+    spool = alice.home / ".local/share/sdee/spool/saving"
+    newest = max(int(path.stem) for path in spool.glob("*.manifest"))
+    with_it = ["srun", f"--sdee=saving@{newest}", "cat", "/opt/keeper"]
+    assert cluster.run("login1", with_it, alice.name).ok() == "keeper\n"
+    refused = cluster.run("login1", ["srun", "--sdee=saving@999", "true"], alice.name)
+    assert refused.code != 0
+    assert "999" in refused.err
+
+
 def test_two_users_on_the_same_nodes_see_nothing_of_each_other(
     cluster: SdeeCluster, alice: User, bob: User
 ) -> None:

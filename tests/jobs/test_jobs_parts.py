@@ -18,8 +18,10 @@ from sdee_launch.slurm import (
     identity,
     install,
     records,
+    rootless,
     submit,
     transfer,
+    words,
 )
 
 
@@ -246,3 +248,40 @@ def test_a_job_s_wish_is_read_from_scontrol() -> None:
     assert broadcast.parse_job(everything) == dataclasses.replace(wish, everything=True)
     assert broadcast.parse_job(text.replace("RUNNING", "COMPLETED")) is None
     assert broadcast.parse_job(text.replace("sdee-wants", "sdee")) is None
+
+
+HELP = """
+  -A, --account=name          charge job to specified account
+  -K, --kill-on-bad-exit      kill the job if any task terminates with a
+  -n, --ntasks=ntasks         number of tasks to run
+  -N, --nodes=N               number of nodes on which to run (N = min[-max])
+      --exclusive[=user]      allocate nodes in exclusive mode when
+      --mpi=type              type of MPI being used
+  -v, --verbose               verbose mode (multiple -v's increase verbosity)
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "options"),
+    [
+        ("./a.out -n 3", 0),
+        ("-n 6 -N3 ./a.out", 3),
+        ("--nodes 3 --mpi=pmix --exclusive ./a.out --mpi x", 4),
+        ("-vKn 6 ./a.out", 2),
+        ("--ntask 6 hostname", 2),
+        ("-n6 -- -odd", 1),
+        ("-n 6", 2),
+    ],
+)
+def test_where_the_command_begins(line: str, options: int) -> None:
+    given = line.split()
+    ours, command = words.split(given, words.parse_help(HELP))
+    assert ours == given[:options]
+    assert command == [x for x in given[options:] if x != "--"]
+
+
+def test_a_rootless_batch_script_keeps_its_options() -> None:
+    script = "#!/bin/bash\n# about\n#SBATCH -N3\n\n#SBATCH -o x.out\necho hi\n#SBATCH -n9\n"
+    assert rootless.wrapper(script, ["python3", "a b"]).splitlines() == [
+        "#!/bin/sh", "#SBATCH -N3", "#SBATCH -o x.out", "exec python3 'a b' \"$@\"",
+    ]  # fmt: skip
