@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 from tests.fslab.fslab_lab import acting_as
 from tests.fslab.oracle_steps import ACTORS, Step
-from tests.fslab.posix_checks import fallocate, link_handle, rename2
+from tests.fslab.posix_place import fallocate, link_handle, rename2
 
 #: Times after this are "now" in a comparison: only those that were set are compared exactly.
 SET_BEFORE_NS = 1_500_000_000 * 10**9

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.fslab.fslab_lab import error_of
-from tests.fslab.posix_checks import OLD, Place, fails, rename2, simple_acl
+from tests.fslab.posix_place import OLD, Place, fails, rename2, simple_acl
 
 
 @dataclass
