@@ -76,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if namespace is not None:
             _enter(namespace)
-        done = subprocess.run([sys.executable, "-m", "sdeefs", *command], check=False)
+        done = subprocess.run([sys.executable, "-I", "-m", "sdeefs", *command], check=False)
     except OSError as error:
         name = error.filename or namespace or sys.executable
         print(f"mount.fuse.sdeefs: {name}: {error.strerror}", file=sys.stderr)

@@ -20,6 +20,7 @@ from sdee_launch.daemon import Daemon
 from sdee_launch.daemon_ops import Reply, Request, operation
 from sdee_launch.environments import valid_name
 from sdee_launch.instances import Process, Record
+from sdee_launch.process_list import describe_process
 from sdee_launch.protocol import Refused
 
 VERSION = metadata.version("sdee")
@@ -272,26 +273,7 @@ def describe(record: Record) -> dict[str, object]:
         "since": record.made_at,
         "init": record.init.pid,
         "servers": [server.pid for server in record.servers],
-        "processes": [p for p in map(_process, instances.members(record.init)) if p],
-    }
-
-
-def _process(pid: int) -> dict[str, object] | None:
-    try:
-        with open(f"/proc/{pid}/cmdline", "rb") as file:
-            command = file.read(4096).rstrip(b"\0").replace(b"\0", b" ")
-        with open(f"/proc/{pid}/stat", "rb") as file:
-            name, _, rest = file.read().partition(b"(")[2].rpartition(b")")
-    except OSError:
-        return None
-    fields = rest.split()
-    return {
-        "pid": pid,
-        "parent": int(fields[1]),
-        "session": int(fields[3]),
-        "state": fields[0].decode(),
-        "rss": int(fields[21]) * os.sysconf("SC_PAGE_SIZE"),
-        "command": (command or b"[" + name + b"]").decode("utf-8", "replace"),
+        "processes": [p for p in map(describe_process, instances.members(record.init)) if p],
     }
 
 
