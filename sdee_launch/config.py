@@ -128,7 +128,6 @@ _OTHERS: dict[str, dict[str, type]] = {
         "cache_limit": str, "checksum": bool, "level": int,
     },
     "jobs": {"environment": str, "engine": str, "keep": bool, "exclude": list},
-    "slurm": {"conf": str, "transport": str, "scratch": str},
 }  # fmt: skip
 #: What users may set, as SECTION.KEY; the site's `[users] may` makes it less.
 USER_KEYS = (

@@ -33,6 +33,7 @@ __all__ = [
     "Generation",
     "Plan",
     "Submitted",
+    "biggest",
     "ensure",
     "plan",
     "release",
@@ -127,8 +128,8 @@ def plan(account: Account, upper: str, state: str, exclude: Iterable[str] = ()) 
                 os.close(fd)
 
     record = run_inside(account, work)
-    biggest = tuple((str(p), int(n)) for p, n in record.pop("biggest"))
-    return Plan(biggest=biggest, **record)
+    largest = tuple((str(p), int(n)) for p, n in record.pop("biggest"))
+    return Plan(biggest=largest, **record)
 
 
 def _plan(old: Iterable[Entry], upper: int, excluded: Excluded) -> Plan:
@@ -157,10 +158,32 @@ def _plan(old: Iterable[Entry], upper: int, excluded: Excluded) -> Plan:
         if not same:
             counts["new_files"] += 1
             counts["new_bytes"] += entry.size
-            top = "/".join(os.fsdecode(entry.path).split("/")[:-1][:4]) or "."
-            directories[top] = directories.get(top, 0) + entry.size
-    biggest = sorted(directories.items(), key=lambda one: -one[1])[:5]
-    return Plan(biggest=tuple(biggest), **counts)
+            _count(directories, entry)
+    return Plan(biggest=_biggest(directories), **counts)
+
+
+def _count(directories: dict[str, int], entry: Entry) -> None:
+    """Add a file to its directory's bytes; what is more than four levels deep counts above."""
+    top = "/".join(os.fsdecode(entry.path).split("/")[:-1][:4]) or "."
+    directories[top] = directories.get(top, 0) + entry.size
+
+
+def _biggest(directories: dict[str, int]) -> tuple[tuple[str, int], ...]:
+    return tuple(sorted(directories.items(), key=lambda one: -one[1])[:5])
+
+
+def biggest(account: Account, state: str, number: int) -> tuple[tuple[str, int], ...]:
+    """The directories with the most bytes in the package of a generation. Raises DeployProblem."""
+
+    def work() -> list[tuple[str, int]]:
+        directories: dict[str, int] = {}
+        with State(state) as opened:
+            for entry in opened.read(number):
+                if entry.kind == "f" and entry.generation == number:
+                    _count(directories, entry)
+        return list(_biggest(directories))
+
+    return tuple((str(path), int(size)) for path, size in run_inside(account, work))
 
 
 def _disk_use(upper: int, path: bytes) -> int:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from sdee_launch import environments
 from sdee_launch.accounts import Account
-from sdee_launch.config import Settings
+from sdee_launch.config import ENGINES, Settings
 from sdee_launch.deploy import api, cache, places
 from sdee_launch.deploy.errors import DeployProblem
 from sdee_launch.deploy.generations import State
@@ -21,8 +21,8 @@ from sdee_launch.site import as_user
 from sdee_launch.slurm import broadcast
 from sdee_launch.slurm.records import Record
 
-#: More than so many bytes in one package are worth a word.
-WARN_BYTES = 1_000_000_000
+#: A package of more than this is worth a word, where the site doesn't say `[deploy] warn_size`.
+WARN_SIZE = "1G"
 
 
 class TransferError(Exception):
@@ -100,13 +100,38 @@ def publish(
                 level=int(settings.section("deploy").get("level", 3)),
             )  # fmt: skip
             identity, generation = done.identity, done.generation.number
-            if not done.reused and done.generation.package_bytes > WARN_BYTES:
-                size = done.generation.package_bytes / 1e9
-                warning = f"{size:.1f} GB travel to each node; sdee deploy plan shows what they are"
+            if not done.reused:
+                warning = _warning(account, settings, state, done.generation)
     except DeployProblem as error:
         raise TransferError(str(error)) from None
     reference = Reference(environment, generation, identity, state, way)
-    return {"variables": reference.variables(), "warning": warning}
+    variables = {**reference.variables(), **_chosen(settings)}
+    return {"variables": variables, "warning": warning}
+
+
+def _chosen(settings: Settings) -> dict[str, str]:
+    """What `[jobs]` says of every job, as it travels. Raises TransferError."""
+    jobs = settings.section("jobs")
+    engine = str(jobs.get("engine", "auto"))
+    if engine not in ENGINES:
+        raise TransferError(f"jobs.engine: one of {', '.join(ENGINES)}, not {engine[:40]!r}")
+    chosen = {"engine": engine} if engine != "auto" else {}
+    return {**chosen, "keep": "1"} if jobs.get("keep", False) else chosen
+
+
+def _warning(account: Account, settings: Settings, state: str, made: api.Generation) -> str:
+    """What the user is told of a generation that is larger than the site likes; else empty."""
+    limit = places.parse_size(str(settings.section("deploy").get("warn_size", WARN_SIZE)))
+    if made.package_bytes <= limit:
+        return ""
+    most = [
+        f"{path} ({places.size_text(size)})"
+        for path, size in api.biggest(account, state, made.number)[:3]
+    ]
+    return (
+        f"{places.size_text(made.package_bytes)} travel to each node, most of it from"
+        f" {', '.join(most)}; sdee deploy exclude --add keeps a directory here"
+    )
 
 
 def _known(state: str, generation: int) -> str:

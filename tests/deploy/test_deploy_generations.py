@@ -105,6 +105,19 @@ def test_excluded_things_stay_behind(lab: Lab) -> None:
     assert list(contents(lab.tree(lab.ensure(lab.submit("home/*")).tree))) == ["keep/file.o"]
 
 
+def test_the_biggest_directories_of_a_package_are_named(lab: Lab) -> None:
+    def write() -> None:
+        for path, size in (("opt/large/a", 5000), ("opt/large/b", 5000), ("etc/small", 10)):
+            os.makedirs(os.path.dirname(f"{lab.upper}/{path}"), exist_ok=True)
+            with open(f"{lab.upper}/{path}", "wb") as file:
+                file.write(b"x" * size)
+
+    lab.inside(write)
+    lab.submit()
+    found = api.biggest(lab.account, lab.state, 1)
+    assert found == (("opt/large", 10000), ("etc", 10))
+
+
 def test_hundreds_of_levels(lab: Lab) -> None:
     def deep() -> None:
         fd = os.open(lab.upper, os.O_RDONLY)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from sdee_launch import protocol
+from sdee_launch.config import Settings
 from sdee_launch.slurm import (
     broadcast,
     clients,
@@ -285,3 +286,11 @@ def test_a_rootless_batch_script_keeps_its_options() -> None:
     assert rootless.wrapper(script, ["python3", "a b"]).splitlines() == [
         "#!/bin/sh", "#SBATCH -N3", "#SBATCH -o x.out", "exec python3 'a b' \"$@\"",
     ]  # fmt: skip
+
+
+def test_the_site_s_wishes_for_every_job_travel_with_it() -> None:
+    settings = Settings(sections={"jobs": {"engine": "fuse", "keep": True}})
+    assert transfer._chosen(settings) == {"engine": "fuse", "keep": "1"}
+    assert transfer._chosen(Settings()) == {}
+    with pytest.raises(transfer.TransferError, match=r"jobs\.engine"):
+        transfer._chosen(Settings(sections={"jobs": {"engine": "steam"}}))
