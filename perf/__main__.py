@@ -43,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
         "--scratch", type=Path, metavar="DIR", help="where layers are made (default: under TMPDIR)"
     )
     made.add_argument(
-        "--only", metavar="WORD", help="only contenders whose name has WORD, and the base"
+        "--only",
+        metavar="WORD[,WORD...]",
+        help="only contenders whose name has one of these, and the base",
     )
     made.add_argument("--user", metavar="NAME", help="who runs sdee when perf runs as root")
     return made
@@ -78,7 +80,10 @@ def _measure(suite: str, arguments: argparse.Namespace, scratch: Path, command: 
     title, base = SUITES[suite]
     blocks = _blocks(suite, arguments, scratch)
     if arguments.only:
-        blocks = [b for b in blocks if arguments.only in b.contender or b.contender == base]
+        words = arguments.only.split(",")
+        blocks = [
+            b for b in blocks if b.contender == base or any(word in b.contender for word in words)
+        ]
     rounds = arguments.rounds or (3 if arguments.quick else 5)
     print(f"{suite}: {len(blocks)} blocks, {rounds} rounds", file=sys.stderr)
     journal = arguments.out / f"{suite}.jsonl"
