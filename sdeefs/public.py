@@ -206,6 +206,7 @@ def run_server(
     from sdeefs.session import Session
 
     log.start(log_level, log_file)
+    signal.set_wakeup_fd(-1)  # of whoever forked us; trio sets its own, and warns of others
     session = Session(options, None)
     try:
         try:
