@@ -310,11 +310,6 @@ def fsconfig_create(fs: int) -> None:
     _fsconfig(fs, FSCONFIG_CMD_CREATE, None, None, 0)
 
 
-def fsconfig_reconfigure(fs: int) -> None:
-    """Change the superblock's options to those set."""
-    _fsconfig(fs, FSCONFIG_CMD_RECONFIGURE, None, None, 0)
-
-
 def fsmount(fs: int, attributes: int = 0) -> int:
     """fsmount(2): a descriptor of a new detached mount."""
     return call("fsmount", fs, FSMOUNT_CLOEXEC, attributes)

@@ -31,6 +31,10 @@ from sdee_launch.accounts import Account
 from sdee_launch.config import Settings
 from sdee_launch.plan import Plan, Private
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import Self
+
 FORMAT = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -61,16 +65,14 @@ class EnvironmentSettings:
     format: int = FORMAT
 
 
-class Environment:
-    """An open environment. `fd` is its directory; a context manager that closes it."""
+class _Directory:
+    """An open directory, `fd`, and where it was found. A context manager that closes it."""
 
-    def __init__(self, name: str, fd: int, path: str, settings: EnvironmentSettings) -> None:
-        self.name = name
-        self.fd = fd
+    def __init__(self, path: str, fd: int) -> None:
         self.path = path
-        self.settings = settings
+        self.fd = fd
 
-    def __enter__(self) -> Environment:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,6 +83,15 @@ class Environment:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+class Environment(_Directory):
+    """An open environment."""
+
+    def __init__(self, name: str, fd: int, path: str, settings: EnvironmentSettings) -> None:
+        super().__init__(path, fd)
+        self.name = name
+        self.settings = settings
 
     def directory(self, *names: str | bytes, create: int | None = None) -> int:
         """A descriptor of a directory below, no link followed; the caller's. Raises OSError.
@@ -134,24 +145,8 @@ class Environment:
             os.unlink("instance", dir_fd=self.fd)
 
 
-class Store:
-    """The directory of a user's environments. A context manager."""
-
-    def __init__(self, path: str, fd: int) -> None:
-        self.path = path
-        self.fd = fd
-
-    def __enter__(self) -> Store:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Give the descriptor back."""
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+class Store(_Directory):
+    """The directory of a user's environments."""
 
     def names(self) -> list[str]:
         """The names of the environments, sorted."""

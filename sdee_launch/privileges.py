@@ -111,11 +111,6 @@ def capability_mask(names: Iterable[str]) -> int:
     return mask
 
 
-def refused_calls() -> list[str]:
-    """The names of the system calls that the filter knows to refuse."""
-    return sorted(_REFUSED)
-
-
 def _instruction(code: int, k: int, true: int = 0, false: int = 0) -> bytes:
     return struct.pack("=HBBI", code, true, false, k)
 

@@ -7,7 +7,6 @@ kernel's format (Documentation/filesystems/overlayfs.rst, fs/overlayfs/overlayfs
 from __future__ import annotations
 
 import os
-import stat
 import struct
 import sys
 
@@ -63,11 +62,6 @@ class OverlayNames:
         if stored.startswith(self._escaped):
             return self.prefix + stored[len(self._escaped) :]
         return None
-
-
-def is_whiteout_device(mode: int, rdev: int) -> bool:
-    """Whether an object is the character device 0/0."""
-    return rdev == 0 and stat.S_ISCHR(mode)
 
 
 def encode_handle(handle: bytes, uuid: bytes, upper: bool) -> bytes:

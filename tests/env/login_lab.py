@@ -21,6 +21,7 @@ from pathlib import Path
 
 from tests.conftest import User
 from tests.env.daemon_lab import Daemon, running_daemon, wait_for
+from tests.env.screen_lab import Screen
 
 BIN = os.path.dirname(sys.executable)
 LOGIN = os.path.join(BIN, "sdee-login")
@@ -176,8 +177,10 @@ def running_sshd(directory: Path, *users: User, extra: str = "") -> Iterator[Ssh
         server.stop()
 
 
-class Terminal:
+class Terminal(Screen):
     """A program on a terminal of its own, and what a person would see and type."""
+
+    patience = SECONDS
 
     def __init__(self, words: list[str]) -> None:
         self.pid, self.fd = pty.fork()
@@ -185,26 +188,6 @@ class Terminal:
             os.environ["TERM"] = "dumb"
             os.execvp(words[0], words)
         self.seen = ""
-
-    def type(self, text: str) -> None:
-        """Keys."""
-        os.write(self.fd, text.encode())
-
-    def expect(self, text: str, seconds: float = SECONDS) -> str:
-        """Wait until this is on the screen; gives what was there up to it, and forgets it."""
-        deadline = time.monotonic() + seconds
-        while text not in self.seen:
-            left = deadline - time.monotonic()
-            assert left > 0, f"no {text!r} in {self.seen!r}"
-            if select.select([self.fd], [], [], left)[0]:
-                try:
-                    more = os.read(self.fd, 65536)
-                except OSError:
-                    more = b""
-                assert more, f"ended without {text!r}: {self.seen!r}"
-                self.seen += more.decode(errors="replace")
-        before, _, self.seen = self.seen.partition(text)
-        return before
 
     def wait(self, seconds: float = SECONDS) -> int:
         """Its exit status, when it has ended."""

@@ -18,6 +18,7 @@ import pytest
 from tests.conftest import User
 from tests.env.daemon_lab import wait_for
 from tests.env.instance_lab import SECONDS, Lab, kill_now, laboratory, processes_of
+from tests.env.screen_lab import Screen
 
 
 @pytest.fixture(scope="module", params=("site-kernel", "rootless-fuse"))
@@ -26,8 +27,10 @@ def lab(request: pytest.FixtureRequest, alice: User) -> Iterator[Lab]:
         yield made
 
 
-class Terminal:
+class Terminal(Screen):
     """sdee as the leader of a session on a terminal of its own."""
+
+    patience = SECONDS
 
     def __init__(self, lab: Lab, *arguments: str) -> None:
         self.pid, self.fd = pty.fork()
@@ -39,26 +42,6 @@ class Terminal:
             words = lab.words(*arguments)
             os.execve(words[0], words, {**lab.environ(), "PS1": "prompt> "})
         self.seen = ""
-
-    def type(self, text: str) -> None:
-        """Keys."""
-        os.write(self.fd, text.encode())
-
-    def expect(self, text: str) -> str:
-        """Wait until this is on the screen; gives what was before it, and forgets both."""
-        deadline = time.monotonic() + SECONDS
-        while text not in self.seen:
-            left = deadline - time.monotonic()
-            assert left > 0, f"no {text!r} in {self.seen!r}"
-            if select.select([self.fd], [], [], left)[0]:
-                try:
-                    more = os.read(self.fd, 65536)
-                except OSError:
-                    more = b""
-                assert more, f"ended without {text!r}: {self.seen!r}"
-                self.seen += more.decode(errors="replace")
-        before, _, self.seen = self.seen.partition(text)
-        return before
 
     def wait(self) -> int:
         """Its exit status (waitstatus_to_exitcode)."""
