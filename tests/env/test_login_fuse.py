@@ -11,6 +11,7 @@ import pytest
 from tests.conftest import User
 from tests.env.daemon_lab import wait_for
 from tests.env.login_lab import Node, login_node, terminal, the_scenario
+from tests.env.x11_lab import x11_is_forwarded
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +23,10 @@ def node(alice: User, bob: User) -> Iterator[Node]:
 def test_the_scenario_on_sdeefs(node: Node, alice: User, bob: User, tmp_path: Path) -> None:
     the_scenario(node, alice, bob, tmp_path, "fuseish")
     assert node.say(alice, "stat -f -c %T /").startswith("fuse")
+
+
+def test_x11_on_sdeefs(node: Node, alice: User) -> None:
+    x11_is_forwarded(node, alice)
 
 
 def test_a_server_killed(node: Node, alice: User) -> None:

@@ -23,6 +23,7 @@ from tests.env.login_lab import (
     terminal,
     the_scenario,
 )
+from tests.env.x11_lab import x11_is_forwarded
 
 
 @pytest.fixture(scope="module")
@@ -154,8 +155,12 @@ def test_twenty_at_once(node: Node, alice: User, bob: User) -> None:
     wait_for(lambda: node.daemon.instances() == [], "they end with their last member")
 
 
-def test_agent_and_x11_variables(node: Node, alice: User, tmp_path: Path) -> None:
-    """The agent answers inside, under the name that sshd gave it; DISPLAY and locale survive."""
+def test_x11(node: Node, alice: User) -> None:
+    x11_is_forwarded(node, alice)
+
+
+def test_agent_and_variables(node: Node, alice: User, tmp_path: Path) -> None:
+    """The agent answers inside, under the name that sshd gave it; variables survive."""
     agent = subprocess.Popen(
         ["ssh-agent", "-D", "-a", str(tmp_path / "agent")],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
