@@ -15,6 +15,9 @@ from sdee_launch.environments import Environment, EnvironmentSettings, Store, tr
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
+#: Seconds in which what the last session left behind is gone with it.
+_SETTLED = 0.3
+
 
 def add_parser(subparsers: Subparsers) -> None:
     """Add `env` and what it can do."""
@@ -85,11 +88,14 @@ def _run(options: argparse.Namespace, store: Store, settings: config.Settings) -
     from sdee_launch import environment_changes as changes
 
     if what == "rename":
+        with store.open(options.old) as environment:
+            _refuse_if_used(environment)
         store.rename(options.old, options.new)
         return 0
     if what == "rm":
         for name in options.names:
             with store.open(name) as environment:
+                _refuse_if_used(environment)
                 changes.remove(store, environment)
         return 0
     name = options.env or settings.environment
@@ -104,6 +110,8 @@ def _change(options: argparse.Namespace, store: Store, environment: Environment)
     from sdee_launch import environment_changes as changes
 
     what = options.what
+    if what in ("reset", "rollback"):
+        _refuse_if_used(environment)
     if what == "info":
         return _info(environment, options.json)
     if what == "diff":
@@ -132,6 +140,19 @@ def _change(options: argparse.Namespace, store: Store, environment: Environment)
     elif what == "export":
         changes.export(environment, options.file)
     return 0
+
+
+def _refuse_if_used(environment: Environment) -> None:
+    """Say at once what waiting won't change; an instance that just ends is waited for (`lock`).
+
+    Raises Busy.
+    """
+    from sdee_launch import live
+
+    if live.in_use(environment):
+        time.sleep(_SETTLED)
+        if live.in_use(environment):
+            raise environments.busy(environment.name)
 
 
 def alive(environment: Environment) -> bool:

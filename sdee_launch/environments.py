@@ -303,6 +303,11 @@ def try_lock(environment: Environment) -> int | None:
     return fd
 
 
+def busy(name: str) -> Busy:
+    """The error for an environment that can't be changed now."""
+    return Busy(f"{name} is alive or being changed; end it first (sdee kill {name})")
+
+
 @contextlib.contextmanager
 def lock(store: Store, environment: Environment, seconds: float = 5.0) -> Iterator[None]:
     """Keep instances and other changes away. Raises Busy, NoSuchEnvironment."""
@@ -312,10 +317,7 @@ def lock(store: Store, environment: Environment, seconds: float = 5.0) -> Iterat
         if fd is not None:
             break
         if time.monotonic() > deadline:
-            raise Busy(
-                f"{environment.name} is alive or being changed; end it first "
-                f"(sdee kill {environment.name})"
-            )
+            raise busy(environment.name)
         time.sleep(0.02)
     try:
         if not store.current(environment):

@@ -82,6 +82,22 @@ def _all_instances() -> list[dict[str, object]]:
     return [*(listed if isinstance(listed, list) else []), *own_instances()]
 
 
+def in_use(environment: environments.Environment) -> bool:
+    """Whether anything but its init lives in the caller's instance of this environment."""
+    from sdee_launch.instances import Process, members
+    from sdee_launch.rootless import alive_init
+
+    init = alive_init(environment.read_record() or {})
+    if init:
+        return len(members(Process(init, 0))) > 1
+    reply = _daemon("ps") or {}
+    listed = reply.get("instances")
+    for one in listed if isinstance(listed, list) else []:
+        if one["env"] == environment.name and not one["job"]:
+            return len(one["processes"]) > 1
+    return False
+
+
 def show(options: argparse.Namespace) -> int:
     """`sdee ps`."""
     found = _all_instances()
