@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def main() -> int:
-    """Entry point; the exit status."""
+    """Entry point; the exit status. Ends the process itself after `run` and `shell`."""
     arguments = sys.argv[1:]
     if arguments and arguments[0] in ("run", "shell"):
         from sdee_launch import session
 
-        return int(session.main(arguments))
+        status = int(session.main(arguments))
+        if sys.stdout is not None:  # None: it was closed
+            sys.stdout.flush()
+        os._exit(status)  # taking the interpreter down takes a millisecond, and has nothing to do
     from sdee_launch import cli
 
     return cli.main(arguments)

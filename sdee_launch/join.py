@@ -9,6 +9,7 @@ On the path of `sdee run`: no import but ctypes, which setns(2) needs before Pyt
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 
 TYPE_CHECKING = False
@@ -26,6 +27,7 @@ _PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL = 47, 4
 _CAPABILITY_VERSION_3 = 0x20080522
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_libc.prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
 
 
 def _checked(result: int, what: str) -> int:
@@ -37,10 +39,7 @@ def _checked(result: int, what: str) -> int:
 
 def prctl(option: int, *words: int) -> int:
     """prctl(2). Raises OSError."""
-    padded = [*words, 0, 0, 0, 0][:4]
-    return _checked(
-        int(_libc.prctl(ctypes.c_int(option), *[ctypes.c_ulong(w) for w in padded])), "prctl"
-    )
+    return _checked(int(_libc.prctl(option, *(words + (0, 0, 0, 0))[:4])), "prctl")
 
 
 def setns(fd: int, kind: int) -> None:
@@ -77,15 +76,16 @@ def apply_guard(capabilities: int, seccomp: bytes, no_new_privs: bool) -> None:
         header = word + ctypes.addressof(program).to_bytes(8, "little")
         fprog = ctypes.create_string_buffer(header, 16)
         prctl(_PR_SET_SECCOMP, _SECCOMP_MODE_FILTER, ctypes.addressof(fprog))
-    number = 0
-    while True:
+    for number in range(64):
+        if capabilities >> number & 1:
+            continue
         try:
-            held = prctl(_PR_CAPBSET_READ, number)
-        except OSError:  # EINVAL: past the last one
-            break
-        if held and not capabilities >> number & 1:
             prctl(_PR_CAPBSET_DROP, number)
-        number += 1
+        except OSError as error:
+            if error.errno == errno.EINVAL:  # past the last one
+                break
+            if prctl(_PR_CAPBSET_READ, number):  # without CAP_SETPCAP: nothing was to be dropped
+                raise
     try:
         prctl(_PR_CAP_AMBIENT, _PR_CAP_AMBIENT_CLEAR_ALL)
     except OSError:

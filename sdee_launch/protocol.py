@@ -19,6 +19,10 @@ import _json
 import _socket
 import os
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 SOCKET_PATH = "/run/sdee/sdeed.sock"
 #: No request is longer; a reply (a listing) may be.
 MAX_REQUEST = 64 * 1024
@@ -39,7 +43,8 @@ class Unavailable(Exception):
 class Refused(Exception):
     """The daemon said no. `kind`: bad-request, denied, busy, missing, gone, failed, unknown-op.
 
-    `gone`: the instance ended just now; asking again makes a new one.
+    `gone`: the instance ended just now; asking again makes a new one. `rootless`: root can't make
+    it, the user may.
     """
 
     def __init__(self, message: str, kind: str = "failed") -> None:
@@ -141,12 +146,16 @@ def _read_exactly(sock: _socket.socket, count: int) -> bytes:
 
 
 def request(
-    op: str, fds: list[int] | None = None, path: str | None = None, **fields: object
+    op: str,
+    fds: list[int] | None = None,
+    path: str | None = None,
+    meanwhile: Callable[[], object] | None = None,
+    **fields: object,
 ) -> tuple[dict[str, object], list[int]]:
     """Ask the daemon and wait for its answer: (the reply, the descriptors with it).
 
-    `fds` go along and stay the caller's. Raises Unavailable if there is no daemon, Refused with
-    the daemon's reason if it said no.
+    `fds` go along and stay the caller's. `meanwhile` is called while the daemon is at work.
+    Raises Unavailable if there is no daemon, Refused with the daemon's reason if it said no.
     """
     address = path or os.environ.get("SDEED_SOCKET") or SOCKET_PATH
     sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
@@ -163,6 +172,8 @@ def request(
                     sock.sendall(data[sent:])
             except (BrokenPipeError, ConnectionResetError):
                 pass
+            if meanwhile is not None:
+                meanwhile()
             head, ancillary, _, _ = sock.recvmsg(
                 _LENGTH_BYTES, _CMSG_SPACE, _socket.MSG_CMSG_CLOEXEC
             )

@@ -218,12 +218,16 @@ def find(environment: str, engine: str, binds: Sequence[str], rootless: bool = F
     socket = os.environ.get("SDEED_SOCKET") or protocol.SOCKET_PATH
     if os.environ.get("SDEE_MODE") == "rootless":
         rootless = True
+    why = ""
     while not rootless:
         try:
             return _from_daemon(environment, engine, binds)
         except membership.Ended:
             reason = f"the instance of {environment} ended again and again"
         except protocol.Refused as error:
+            if error.kind == "rootless":
+                why = f"{error}; without the daemon: "
+                break
             if error.kind != "gone":
                 raise NotEntered(str(error)) from None
             reason = str(error)
@@ -237,11 +241,16 @@ def find(environment: str, engine: str, binds: Sequence[str], rootless: bool = F
         time.sleep(0.01)
     from sdee_launch import rootless as without_daemon
 
-    return without_daemon.find(environment, engine, binds)
+    try:
+        return without_daemon.find(environment, engine, binds)
+    except NotEntered as error:
+        raise NotEntered(f"{why}{error}") from None
 
 
 def _from_daemon(environment: str, engine: str, binds: Sequence[str]) -> Target:
-    reply, fds = protocol.request("join", env=environment, engine=engine, binds=list(binds))
+    reply, fds = protocol.request(
+        "join", meanwhile=_prepare, env=environment, engine=engine, binds=list(binds)
+    )
     names = reply.get("fds")
     if not isinstance(names, list) or len(names) != len(fds):
         for fd in fds:
@@ -252,6 +261,11 @@ def _from_daemon(environment: str, engine: str, binds: Sequence[str]) -> Target:
         target.close()
         raise membership.Ended
     return target
+
+
+def _prepare() -> None:
+    """What joining needs, imported while the daemon is at work."""
+    from sdee_launch import join  # noqa: F401
 
 
 def _in_instance(target: Target, command: Sequence[str], argv0: str | None) -> int:
@@ -376,8 +390,8 @@ def _close_directories() -> None:
 
 def _become(command: Sequence[str], argv0: str | None, variables: dict[str, str]) -> NoReturn:
     """exec(2). Raises NotEntered with the shell's words for why not."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    if sys.stdout is not None:  # None: it was closed
+        sys.stdout.flush()
     path = command[0]
     words = [argv0 or path, *command[1:]]
     try:
