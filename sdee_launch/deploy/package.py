@@ -1,32 +1,46 @@
 """A package: the content of the files that are new in one generation, as tar under zstd.
 
 Each member is a file of upper under its path; what is a hole is left out, and a pax record
-`SDEE.map` tells where the pieces belong. The last member, `.sdee/sums`, has the sha256 of every
-file's content as a JSON line. All else (types, modes, links, whiteouts) is the manifest's matter.
-Memory is bounded by one block, whatever the sizes.
+`SDEE.map` tells where the pieces belong. The last member, `.sdee/sums`, is empty: it says that
+nothing is cut off. All else (types, modes, links, whiteouts, digests) is the manifest's matter.
+
+The archive is cut into frames of zstd, so that several threads can compress and that what doesn't
+compress costs no time: it travels as it is, in frames of raw blocks. Memory is bounded by a few
+frames, whatever the sizes.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import os
-import tarfile
-import tempfile
-from collections.abc import Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import IO, Any
 
 import zstandard
 
+from sdee_launch.deploy import archive
 from sdee_launch.deploy.errors import Damaged
 
 BLOCK = 1 << 20
-SUMS = ".sdee/sums"
+SUMS = b".sdee/sums"
 #: A package may not make us hold more than this (bytes).
 MAX_WINDOW = 1 << 25
 #: More pieces than this in one file: its holes travel as zeroes.
 MAX_PIECES = 4096
+#: Files up to this size whose blocks are all there aren't asked for holes.
+SMALL = 1 << 16
+#: A frame has about so many bytes of the archive: larger ones compress hardly better.
+FRAME = 1 << 21
+#: More threads than this would be felt by the others on a login node.
+MAX_THREADS = 4
+#: Blocks of at least this are looked at whether they compress, and are hashed by a second thread.
+LARGE = 1 << 17
+SAMPLE = 1 << 14
+# RFC 8878: magic number; no content size, no checksum; a window of 1 MiB.
+_RAW_FRAME = b"\x28\xb5\x2f\xfd\x00\x50"
+_RAW_BLOCK = 1 << 17
 
 
 def pieces(fd: int, size: int) -> list[tuple[int, int]]:
@@ -44,39 +58,6 @@ def pieces(fd: int, size: int) -> list[tuple[int, int]]:
         found.append((start, end - start))
         offset = end
     return found if len(found) <= MAX_PIECES else [(0, size)]
-
-
-class _Pieces(io.RawIOBase):
-    """The pieces of a file one after the other, hashed as the whole file with its holes."""
-
-    def __init__(self, fd: int, parts: list[tuple[int, int]], size: int) -> None:
-        self._fd, self._parts, self._size = fd, list(parts), size
-        self._at = 0
-        self.digest = hashlib.sha256()
-        self.sent = 0
-
-    def read(self, size: int = -1) -> bytes:
-        if not self._parts:
-            return b""
-        offset, length = self._parts[0]
-        zeroes(self.digest, offset - self._at)
-        self._at = offset
-        data = os.pread(self._fd, min(size if size > 0 else BLOCK, length, BLOCK), offset)
-        if not data:  # it got shorter: the archive must stay whole, the caller tries again
-            data = bytes(min(size if size > 0 else BLOCK, length, BLOCK))
-        self.digest.update(data)
-        self._at += len(data)
-        self.sent += len(data)
-        if len(data) == length:
-            self._parts.pop(0)
-        else:
-            self._parts[0] = (offset + len(data), length - len(data))
-        return data
-
-    def finish(self) -> str:
-        """The digest of the whole file."""
-        zeroes(self.digest, self._size - self._at)
-        return self.digest.hexdigest()
 
 
 def zeroes(digest: Any, count: int) -> None:
@@ -97,22 +78,101 @@ def digest_of(fd: int) -> str:
     return digest.hexdigest()
 
 
+def raw_frame(data: bytes) -> bytes:
+    """A frame of zstd that has the bytes as they are."""
+    parts = [_RAW_FRAME]
+    for offset in range(0, len(data), _RAW_BLOCK):
+        part = data[offset : offset + _RAW_BLOCK]
+        last = offset + _RAW_BLOCK >= len(data)
+        parts += ((len(part) << 3 | last).to_bytes(3, "little"), part)
+    return b"".join(parts)
+
+
+class _Frames:
+    """Writes an archive into a file, frame by frame. Threads are started when there is work for
+    them; each compresses a frame, and writes it when those before it are written."""
+
+    def __init__(self, file: IO[bytes], level: int) -> None:
+        self._file, self._level = file, level
+        self._parts: list[bytes] = []
+        self._size = 0
+        self._threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+        self._pool: ThreadPoolExecutor | None = None
+        self._running: deque[Future[None]] = deque()
+        self._idle: list[zstandard.ZstdCompressor] = []
+
+    def write(self, *parts: bytes) -> None:
+        """Append small parts. Raises OSError, of an earlier frame too."""
+        self._parts += parts
+        self._size += sum(map(len, parts))
+        if self._size >= FRAME:
+            self._start(self._compress, self._cut())
+
+    def block(self, data: bytes) -> None:
+        """Append a large part, as it is if a sample of it doesn't compress. Raises OSError."""
+        middle = len(data) // 2
+        sample = data[middle : middle + SAMPLE]
+        if len(self._compress(sample)) < len(sample) - len(sample) // 32:
+            self.write(data)
+            return
+        if self._parts:
+            self._start(self._compress, self._cut())
+        self._start(raw_frame, data)
+
+    def close(self) -> None:
+        """Write what is left. Raises OSError."""
+        self._wait(0)
+        if self._parts:
+            self._file.write(self._compress(self._cut()))
+
+    def stop(self) -> None:
+        """End the threads, whatever is left to do."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def _cut(self) -> bytes:
+        data = b"".join(self._parts)
+        self._parts, self._size = [], 0
+        return data
+
+    def _compress(self, data: bytes) -> bytes:
+        # A compressor is one thread's at a time; making one costs more than a small frame.
+        try:
+            compressor = self._idle.pop()
+        except IndexError:
+            compressor = zstandard.ZstdCompressor(level=self._level, write_checksum=True)
+        frame = compressor.compress(data)
+        self._idle.append(compressor)
+        return frame
+
+    def _start(self, make: Callable[[bytes], bytes], data: bytes) -> None:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._threads)
+        before = self._running[-1] if self._running else None
+        self._running.append(self._pool.submit(self._run, make, data, before))
+        self._wait(self._threads + 1)
+
+    def _run(
+        self, make: Callable[[bytes], bytes], data: bytes, before: Future[None] | None
+    ) -> None:
+        frame = make(data)
+        if before is not None:
+            before.result()  # it was started earlier, and so ends without us
+        self._file.write(frame)
+
+    def _wait(self, most: int) -> None:
+        """Until no more than `most` frames are under way."""
+        while len(self._running) > most:
+            self._running.popleft().result()
+
+
 class Packer:
     """Writes a package into a file. A context manager; `files` and `content` count what is in it."""
 
-    def __init__(self, file: Any, level: int = 3) -> None:
+    def __init__(self, file: IO[bytes], level: int = 3) -> None:
         self.files = 0
         self.content = 0
-        self._stream = zstandard.ZstdCompressor(level=level, write_checksum=True).stream_writer(
-            file, closefd=False
-        )
-        self._tar = tarfile.open(  # noqa: SIM115
-            fileobj=self._stream,
-            mode="w|",
-            format=tarfile.PAX_FORMAT,
-            bufsize=BLOCK,
-        )
-        self._sums = tempfile.TemporaryFile()  # noqa: SIM115
+        self._frames = _Frames(file, level)
 
     def __enter__(self) -> Packer:
         return self
@@ -120,73 +180,125 @@ class Packer:
     def __exit__(self, kind: object, *_: object) -> None:
         try:
             if kind is None:
-                info = tarfile.TarInfo(SUMS)
-                info.size = self._sums.tell()
-                self._sums.seek(0)
-                self._tar.addfile(info, self._sums)
-                self._tar.close()
-                self._stream.close()  # type: ignore[no-untyped-call]
+                self._frames.write(archive.header(SUMS, 0), archive.end())
+                self._frames.close()
         finally:
-            self._sums.close()
+            self._frames.stop()
 
-    def add(self, path: bytes, fd: int) -> tuple[os.stat_result, str, bool]:
+    def add(
+        self, path: bytes, fd: int, status: os.stat_result | None = None
+    ) -> tuple[os.stat_result, str, bool]:
         """Append the content of an open file: its status before, the digest of what is in the
-        package now, and whether the file held still meanwhile."""
-        before = os.fstat(fd)
-        parts = pieces(fd, before.st_size)
-        info = tarfile.TarInfo(os.fsdecode(path))
-        info.size = sum(length for _, length in parts)
-        info.mtime = before.st_mtime_ns // 10**9
-        if parts != [(0, before.st_size)] and before.st_size:
+        package now, and whether the file held still meanwhile. `status` is what was known of it."""
+        before = status or os.fstat(fd)
+        size = before.st_size
+        parts = [(0, size)] if size else []
+        records = {}
+        if size > SMALL or before.st_blocks * 512 < size:
+            parts = pieces(fd, size)
+        if size and parts != [(0, size)]:
             text = ",".join(f"{offset}:{length}" for offset, length in parts)
-            info.pax_headers = {"SDEE.map": text, "SDEE.size": str(before.st_size)}
-        source = _Pieces(fd, parts, before.st_size)
-        self._tar.addfile(info, source)
-        self._tar.members.clear()  # type: ignore[attr-defined]  # it would keep all
-        digest = source.finish()
+            records = {b"SDEE.map": text.encode(), b"SDEE.size": b"%d" % size}
+        sent = sum(length for _, length in parts)
+        self._frames.write(archive.header(path, sent, records))
+        digest = self._content(fd, parts, size)
+        self._frames.write(archive.padding(sent))
         after = os.fstat(fd)
-        steady = (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
-        self._sums.write(json.dumps([os.fsdecode(path), digest]).encode() + b"\n")
+        steady = (after.st_size, after.st_mtime_ns, after.st_ino) == (
+            size,
+            before.st_mtime_ns,
+            before.st_ino,
+        )
         self.files += 1
-        self.content += source.sent
+        self.content += sent
         return before, digest, steady
+
+    def _content(self, fd: int, parts: list[tuple[int, int]], size: int) -> str:
+        """Append the pieces; the digest of the whole file with its holes."""
+        digest = hashlib.sha256()
+        at = 0
+        for offset, length in parts:
+            zeroes(digest, offset - at)
+            at = offset
+            while at < offset + length:
+                wanted = min(offset + length - at, BLOCK)
+                data = os.pread(fd, wanted, at)
+                if not data:  # it got shorter: the archive must stay whole, the caller tries again
+                    data = bytes(wanted)
+                # Threads compress and write the block while it is hashed here.
+                if len(data) < LARGE:
+                    self._frames.write(data)
+                else:
+                    self._frames.block(data)
+                digest.update(data)
+                at += len(data)
+        zeroes(digest, size - at)
+        return digest.hexdigest()
+
+
+class _Hashing:
+    """Hashes large blocks in a second thread, while the first one writes them."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._running: Future[None] | None = None
+
+    def update(self, digest: Any, data: bytes) -> None:
+        """Hash a block after those before it."""
+        self.wait()
+        if len(data) < LARGE:
+            digest.update(data)
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(1)
+        self._running = self._pool.submit(digest.update, data)
+
+    def wait(self) -> None:
+        """Until all that was given is hashed."""
+        if self._running is not None:
+            self._running.result()
+            self._running = None
+
+    def stop(self) -> None:
+        """End the thread."""
+        if self._pool is not None:
+            self._pool.shutdown()
 
 
 class Member:
     """A file of a package that is being read."""
 
-    def __init__(self, tar: tarfile.TarFile, info: tarfile.TarInfo) -> None:
-        self.path = os.fsencode(info.name)
-        self._info = info
-        self._file = tar.extractfile(info)
+    def __init__(self, reader: archive.Reader, member: archive.Member, hashing: _Hashing) -> None:
+        self.path = member.path
+        self._reader, self._hashing = reader, hashing
+        self._sent, self._records = member.size, member.records
 
     @property
     def size(self) -> int:
         """The size of the whole file."""
-        try:
-            size = int(self._info.pax_headers.get("SDEE.size", self._info.size))
-        except ValueError:
-            size = -1
-        if size < self._info.size:
+        text = self._records.get(b"SDEE.size")
+        if text is None:
+            return self._sent
+        if not text.isdigit() or len(text) > 19 or int(text) < self._sent:
             raise Damaged(f"a package has a wrong size for {self.path[:80]!r}")
-        return size
+        return int(text)
 
     def pieces(self) -> list[tuple[int, int]]:
         """Where the content belongs. Raises Damaged."""
-        text = self._info.pax_headers.get("SDEE.map")
+        text = self._records.get(b"SDEE.map")
         if text is None:
-            return [(0, self._info.size)] if self._info.size else []
+            return [(0, self._sent)] if self._sent else []
         found, last = [], 0
-        for word in text.split(",") if text else []:
+        for word in text.split(b",") if text else []:
             try:
-                offset, length = (int(x) for x in word.split(":"))
+                offset, length = (int(x) for x in word.split(b":"))
             except ValueError:
                 offset = length = -1
             if offset < last or length <= 0 or offset + length > self.size:
                 raise Damaged(f"a package has a wrong map for {self.path[:80]!r}")
             found.append((offset, length))
             last = offset + length
-        if sum(length for _, length in found) != self._info.size:
+        if sum(length for _, length in found) != self._sent:
             raise Damaged(f"a package has a wrong map for {self.path[:80]!r}")
         return found
 
@@ -194,44 +306,44 @@ class Member:
         """Write the content into an empty file; returns its digest. Raises Damaged, OSError."""
         digest = hashlib.sha256()
         at = 0
-        assert self._file is not None
         for offset, length in self.pieces():
-            zeroes(digest, offset - at)
-            at = offset
-            while length:
-                data = self._file.read(min(length, BLOCK))
+            if offset > at:
+                self._hashing.wait()
+                zeroes(digest, offset - at)
+                at = offset
+            while at < offset + length:
+                data = self._reader.take(min(offset + length - at, archive.CHUNK))
                 if not data:
                     raise Damaged(f"a package is cut off in {self.path[:80]!r}")
-                digest.update(data)
-                view = memoryview(data)
-                while view:
-                    written = os.pwrite(fd, view, at)
-                    view = view[written:]
-                    at += written
-                length -= len(data)
-        zeroes(digest, self.size - at)
-        os.ftruncate(fd, self.size)
+                self._hashing.update(digest, data)
+                written = os.pwrite(fd, data, at)
+                while written < len(data):
+                    written += os.pwrite(fd, data[written:], at + written)
+                at += len(data)
+        self._hashing.wait()
+        if at < self.size:  # a hole
+            zeroes(digest, self.size - at)
+            os.ftruncate(fd, self.size)
         return digest.hexdigest()
 
 
 def read(file: Any) -> Iterator[Member]:
     """The files of a package, in order. Raises Damaged where it is cut off or isn't one."""
     ended = False
+    hashing = _Hashing()
     try:
-        stream = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).stream_reader(
-            file, read_across_frames=False
-        )
-        # tarfile copies what is left of its buffer at each read: a small one.
-        with tarfile.open(fileobj=stream, mode="r|", bufsize=1 << 15) as tar:
-            while (info := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep all
-                if info.name == SUMS:
+        with zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).stream_reader(
+            file, read_across_frames=True, closefd=False
+        ) as stream:
+            reader = archive.Reader(stream)
+            for member in reader:
+                if member.path == SUMS:
                     ended = True
                     continue
-                if not info.isreg():
-                    raise Damaged(f"a package has something else than a file: {info.name[:80]!r}")
-                yield Member(tar, info)
-    except (tarfile.TarError, zstandard.ZstdError, EOFError) as error:
+                yield Member(reader, member, hashing)
+    except zstandard.ZstdError as error:
         raise Damaged(f"a package can't be read ({error})") from None
+    finally:
+        hashing.stop()
     if not ended:
         raise Damaged("a package is cut off")

@@ -187,14 +187,14 @@ def test_a_file_that_never_holds_still_doesn_t_stop_the_rest(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab.inside(lambda: fill(lab.upper))
-    finish = package._Pieces.finish
+    content = package.Packer._content
 
-    def written_to(self: package._Pieces) -> str:
+    def written_to(self: package.Packer, *arguments: object) -> str:
         with open(f"{lab.upper}/etc/hosts", "a") as file:
             file.write("another line\n")
-        return finish(self)
+        return content(self, *arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(package._Pieces, "finish", written_to)
+    monkeypatch.setattr(package.Packer, "_content", written_to)
     submitted = lab.submit()
     assert submitted.generation.moving == 1
     monkeypatch.undo()
