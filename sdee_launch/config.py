@@ -54,6 +54,10 @@ class ConfigError(Exception):
     """A wrong file, section, key or value: one line that names it."""
 
 
+class Unreadable(ConfigError):
+    """These rights don't reach a file of settings."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What instances and environments of this site are made of, decided once."""
@@ -206,6 +210,8 @@ def _read(path: str) -> str | None:
         return None
     except UnicodeDecodeError:
         raise ConfigError(f"{path}: not UTF-8") from None
+    except PermissionError as error:
+        raise Unreadable(f"{path}: {error.strerror}") from None
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
 

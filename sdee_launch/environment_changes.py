@@ -238,7 +238,8 @@ def remove(store: Store, environment: Environment) -> None:
     gone = f".gone-{secrets.token_hex(8)}"
     with lock(store, environment):
         os.rename(environment.name, gone, src_dir_fd=store.fd, dst_dir_fd=store.fd)
-        _as_root_of_it(lambda: _remove_tree(store.fd, gone))
+    # Without the lock: NFS keeps what is open by another name, and its directory isn't empty then.
+    _as_root_of_it(lambda: _remove_tree(store.fd, gone))
 
 
 def _compressor(path: str) -> list[str]:

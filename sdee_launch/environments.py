@@ -49,6 +49,10 @@ class NoSuchEnvironment(EnvironmentProblem):
     """There is none of this name."""
 
 
+class Denied(EnvironmentProblem):
+    """These rights don't reach it. Those of its owner may, where not even root is let in."""
+
+
 class Busy(EnvironmentProblem):
     """It is alive, or something is being done with it."""
 
@@ -278,7 +282,8 @@ def open_store(account: Account, settings: Settings) -> Store:
         os.makedirs(path, mode=0o700, exist_ok=True)
         fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
-        raise EnvironmentProblem(
+        problem = Denied if isinstance(error, PermissionError) else EnvironmentProblem
+        raise problem(
             f"{path}: {error.strerror}; environments are kept there ([environments] store in "
             "/etc/sdee/sdee.toml)"
         ) from None

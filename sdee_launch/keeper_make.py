@@ -11,6 +11,7 @@ from typing import Any
 
 from sdee_launch import config, site
 from sdee_launch.accounts import Account
+from sdee_launch.environments import Denied
 from sdee_launch.plan import PlanProblem
 from sdee_launch.protocol import Refused
 
@@ -35,8 +36,13 @@ def make(message: dict[str, Any], fds: list[int]) -> Answer:
     name = str(message["environment"])
     try:
         # The user's own file is read with the user's rights: it may be a link to anything.
-        with site.as_user(account):
-            settings = config.load(home=account.home)
+        try:
+            with site.as_user(account):
+                settings = config.load(home=account.home)
+        except config.Unreadable:
+            # A home that lets in nobody but its user's own processes, as FUSE's. They need a store.
+            site.prepare_store(account, config.site_settings())
+            raise
         job = None
         environment = None
         if message.get("job"):
@@ -59,6 +65,8 @@ def make(message: dict[str, Any], fds: list[int]) -> Answer:
         finally:
             if environment is not None:
                 environment.close()
+    except (Denied, config.Unreadable) as error:
+        raise Refused(str(error), "rootless") from None
     except PROBLEMS as error:
         raise Refused(str(error)) from None
     return {

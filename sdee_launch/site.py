@@ -21,7 +21,7 @@ from sdee_launch.accounts import Account, IdMaps, id_maps, lower_maps
 from sdee_launch.assemble import Material, clone_private
 from sdee_launch.config import Settings
 from sdee_launch.engines import EngineProblem, Layers, Merged
-from sdee_launch.environments import Busy, Environment, EnvironmentProblem
+from sdee_launch.environments import Busy, Denied, Environment, EnvironmentProblem
 from sdee_launch.instance import Instance, InstanceProblem, Recipe, create
 
 __all__ = [
@@ -33,6 +33,7 @@ __all__ = [
     "as_user",
     "make_instance",
     "open_environment",
+    "prepare_store",
 ]
 
 #: Seconds to wait for an instance of the same environment that is just ending.
@@ -71,12 +72,12 @@ def as_user(account: Account) -> Iterator[None]:
 
 def open_environment(account: Account, name: str, settings: Settings) -> Environment:
     """The environment of a user, made if there is none. Raises EnvironmentProblem, OSError."""
-    _prepare_store(account, settings)
+    prepare_store(account, settings)
     with as_user(account), environments.open_store(account, settings) as store:
         return store.open(name, create=True)
 
 
-def _prepare_store(account: Account, settings: Settings) -> None:
+def prepare_store(account: Account, settings: Settings) -> None:
     """A store in a directory that is root's, such as /var/lib/sdee, is made for the user."""
     path = environments.store_path(account, settings)
     parent = os.path.dirname(path)
@@ -109,12 +110,20 @@ def make_instance(
 
     `masks`: the mask tree (masks.py) for each engine. `job`: layers in place of the environment's
     own, `environment` is None then. `lasting`: it lives until it is killed, with members or not.
-    Raises EngineProblem, EnvironmentProblem, InstanceProblem, plan.PlanProblem, OSError.
+    Raises Denied where only the user can make it, EngineProblem, EnvironmentProblem,
+    InstanceProblem, plan.PlanProblem, OSError.
     """
     settings = settings or Settings()
     own = environment.settings if environment is not None else None
     if engine == "auto":
         engine = own.engine if own is not None and own.engine != "auto" else settings.engine
+    if environment is not None and not os.access(".", os.W_OK, dir_fd=environment.fd):
+        # Overlayfs, and sdeefs as root's server, would write upper with root's rights.
+        problem = EngineProblem if engine == engines.KERNEL else Denied
+        raise problem(
+            f"{environment.path}: root may not write there (NFS's root_squash): the daemon needs "
+            "[environments] store on another filesystem; sdee without it (--rootless) doesn't"
+        )
     maps = id_maps(user)
     made_plan = _plan(user, settings, [*settings.binds, *(own.binds if own else ()), *binds])
     volatile = settings.volatile if own is None or own.volatile is None else own.volatile
