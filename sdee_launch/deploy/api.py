@@ -146,26 +146,26 @@ def _plan(old: Iterable[Entry], upper: int, excluded: Excluded) -> Plan:
         return True
 
     walk = Walk(upper, counted)
-    for before, entry in entries.merge(old, (found.entry for found in walk)):
-        if entry is None:
+    for before, found in entries.merge(old, walk):
+        if found is None:
             counts["removed"] += 1
             continue
         counts["entries"] += 1
-        if entry.kind != "f":
+        if found.kind != "f":
             continue
-        counts["content"] += entry.size
-        same = before is not None and (before.size, before.mtime_ns) == (entry.size, entry.mtime_ns)
-        if not same:
+        size, time = found.status.st_size, found.status.st_mtime_ns
+        counts["content"] += size
+        if before is None or (before.size, before.mtime_ns) != (size, time):
             counts["new_files"] += 1
-            counts["new_bytes"] += entry.size
-            _count(directories, entry)
+            counts["new_bytes"] += size
+            _count(directories, found.path, size)
     return Plan(biggest=_biggest(directories), **counts)
 
 
-def _count(directories: dict[str, int], entry: Entry) -> None:
+def _count(directories: dict[str, int], path: bytes, size: int) -> None:
     """Add a file to its directory's bytes; what is more than four levels deep counts above."""
-    top = "/".join(os.fsdecode(entry.path).split("/")[:-1][:4]) or "."
-    directories[top] = directories.get(top, 0) + entry.size
+    top = "/".join(os.fsdecode(path).split("/")[:-1][:4]) or "."
+    directories[top] = directories.get(top, 0) + size
 
 
 def _biggest(directories: dict[str, int]) -> tuple[tuple[str, int], ...]:
@@ -180,7 +180,7 @@ def biggest(account: Account, state: str, number: int) -> tuple[tuple[str, int],
         with State(state) as opened:
             for entry in opened.read(number):
                 if entry.kind == "f" and entry.generation == number:
-                    _count(directories, entry)
+                    _count(directories, entry.path, entry.size)
         return list(_biggest(directories))
 
     return tuple((str(path), int(size)) for path, size in run_inside(account, work))
@@ -194,7 +194,9 @@ def _disk_use(upper: int, path: bytes) -> int:
             return status.st_size
         fd = os.open(path, DIRECTORY, dir_fd=upper)
         try:
-            return sum(found.entry.size for found in Walk(fd, lambda _: False))
+            return sum(
+                found.status.st_size for found in Walk(fd, lambda _: False) if found.kind == "f"
+            )
         finally:
             os.close(fd)
     except (OSError, DeployProblem):

@@ -256,7 +256,7 @@ def _size(path: str) -> tuple[int, int]:
     fd = os.open(path, DIRECTORY)
     try:
         for found in Walk(fd, lambda _: False):
-            if found.entry.kind != "d":
+            if found.kind != "d":
                 size += found.status.st_blocks * 512 // max(1, found.status.st_nlink)
                 files += 1
     finally:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, Protocol, TypeVar
 
 import zstandard
 
@@ -42,6 +42,33 @@ class Entry(NamedTuple):
     digest: str = ""  # files: sha256 of the content, in hex
     ctime_ns: int = 0  # at the source: spares reading what can't have changed
     inode: int = 0
+
+
+class Line(NamedTuple):
+    """An entry as its manifest has it: of most, nothing but the path is asked."""
+
+    path: bytes
+    text: bytes
+
+    @property
+    def kind(self) -> bytes:
+        """As in `Entry`."""
+        return self.text.split(b"\t", 2)[1]
+
+    def entry(self) -> Entry:
+        """The entry. Raises Damaged."""
+        return decode(self.text)
+
+
+class Named(Protocol):
+    """What has its place in a manifest."""
+
+    @property
+    def path(self) -> bytes: ...
+
+
+A = TypeVar("A", bound=Named)
+B = TypeVar("B", bound=Named)
 
 
 def sort_key(path: bytes) -> bytes:
@@ -99,6 +126,26 @@ def encode(entry: Entry) -> bytes:
         entry.ctime_ns,
         entry.inode,
     )
+
+
+def prefix(
+    path: bytes, kind: bytes, mode: int, uid: int, gid: int, mtime_ns: int, size: int
+) -> bytes:
+    """How the line of such an object begins: whatever a change of the object changes there."""
+    return b"%b\t%b\t%d\t%d\t%d\t%d\t%d\t" % (
+        _escape(path), kind, mode, uid, gid, mtime_ns, size,
+    )  # fmt: skip
+
+
+def suffix(ctime_ns: int, inode: int) -> bytes:
+    """How the line of such a file ends."""
+    return b"\t%d\t%d" % (ctime_ns, inode)
+
+
+def content_of(line: bytes) -> tuple[int, int]:
+    """(group, generation) of a line that is known to be a file's."""
+    fields = line.rsplit(b"\t", 5)
+    return int(fields[1]), int(fields[2])
 
 
 def decode(line: bytes) -> Entry:
@@ -175,7 +222,7 @@ class Writer:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.entries = 0
-        self._stream = zstandard.ZstdCompressor(level=3).stream_writer(file, closefd=False)
+        self._stream = zstandard.ZstdCompressor(level=1).stream_writer(file, closefd=False)
         self._lines = [_HEADER + b"\n"]
 
     def __enter__(self) -> Writer:
@@ -189,7 +236,11 @@ class Writer:
 
     def add(self, entry: Entry) -> None:
         """Append an entry; the caller keeps the order."""
-        self._lines.append(encode(entry))
+        self.copy(encode(entry))
+
+    def copy(self, line: bytes) -> None:
+        """Append a line as it stands, its newline included."""
+        self._lines.append(line)
         self.entries += 1
         if len(self._lines) >= 256:
             self._flush()
@@ -220,31 +271,40 @@ def _lines(file: Any) -> Iterator[bytes]:
 
 def read(file: Any) -> Iterator[Entry]:
     """The entries of a manifest, in order. Raises Damaged where it is cut off or isn't one."""
-    lines = _lines(file)
-    last: bytes | None = None
+    for line in lines(file):
+        yield decode(line.text)
+
+
+def lines(file: Any) -> Iterator[Line]:
+    """The same as `read`, each as it stands: its order is checked, the rest is its reader's matter."""
+    texts = _lines(file)
+    last = b""
     count = 0
-    header = next(lines, b"")
+    header = next(texts, b"")
     if header != _HEADER:
         known = header.startswith(b"sdee-manifest")
         raise Damaged("a manifest has another format" if known else "this is no manifest")
-    for line in lines:
-        if line.startswith(b"end\t") and line.count(b"\t") == 1:
-            if line != b"end\t%d" % count:
+    for text in texts:
+        path = text.partition(b"\t")[0]
+        if path == b"end" and text.count(b"\t") == 1:
+            if text != b"end\t%d" % count:
                 raise Damaged("a manifest doesn't have as many entries as it says")
             return
-        entry = decode(line)
-        key = sort_key(entry.path)
-        if last is not None and key <= last:
-            raise Damaged(f"a manifest is out of order at {entry.path[:80]!r}")
+        if b"\\" in path:
+            try:
+                path = _unescape(path)
+            except KeyError:
+                raise Damaged("a manifest has a name that can't be read") from None
+        key = sort_key(path)
+        if key <= last and count:
+            raise Damaged(f"a manifest is out of order at {path[:80]!r}")
         last = key
         count += 1  # noqa: SIM113
-        yield entry
+        yield Line(path, text)
     raise Damaged("a manifest is cut off")
 
 
-def merge(
-    old: Iterable[Entry], new: Iterable[Entry]
-) -> Iterator[tuple[Entry | None, Entry | None]]:
+def merge(old: Iterable[A], new: Iterable[B]) -> Iterator[tuple[A | None, B | None]]:
     """Both streams side by side: (old, new) of each path, None where it has none."""
     olds, news = iter(old), iter(new)
     a, b = next(olds, None), next(news, None)

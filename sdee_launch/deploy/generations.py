@@ -18,14 +18,15 @@ import json
 import os
 import re
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 
 from sdee_launch.deploy import entries, package
-from sdee_launch.deploy.entries import Entry
+from sdee_launch.deploy.entries import Entry, Line
 from sdee_launch.deploy.errors import Damaged, DeployProblem
-from sdee_launch.deploy.walk import Found, Walk
+from sdee_launch.deploy.walk import Found, Walk, xattrs
 
 #: A file that is being written is tried so often.
 ATTEMPTS = 3
@@ -106,12 +107,17 @@ class State:
 
     def read(self, number: int) -> Iterator[Entry]:
         """The entries of a generation. Raises DeployProblem."""
+        for line in self.lines(number):
+            yield line.entry()
+
+    def lines(self, number: int) -> Iterator[Line]:
+        """The same, each as it stands. Raises DeployProblem."""
         try:
             file = open(self.file(number, "manifest"), "rb")  # noqa: SIM115
         except FileNotFoundError:
             raise DeployProblem(f"there is no generation {number}") from None
         with file:
-            yield from entries.read(file)
+            yield from entries.lines(file)
 
     def about(self, number: int) -> Generation:
         """What is known of a generation."""
@@ -163,50 +169,65 @@ class _Snapshot:
         self.packages: dict[int, int] = {}
         self.linked: dict[int, Entry] = {}
 
-    def write(self, old: Iterable[Entry], writer: entries.Writer, packer: package.Packer) -> None:
+    def write(self, old: Iterable[Line], writer: entries.Writer, packer: package.Packer) -> None:
         """Walk, and write what is found."""
-        found: list[Found] = []
-
-        def new() -> Iterator[Entry]:
-            for one in self.walk:
-                found[:] = [one]
-                yield one.entry
-
-        # The walk is one ahead of the merge at most, and `found` is what it stands at.
-        for before, entry in entries.merge(old, new()):
-            if entry is None:
+        # The walk stands at what the merge gives until the next is asked for.
+        for before, found in entries.merge(old, self.walk):
+            if found is None:
                 self.changed = True
                 continue
-            done = self._file(before, found[0], packer) if entry.kind == "f" else entry
-            if done is None:  # it vanished
-                self.changed = True
-                continue
-            self.changed |= before is None or not entries.same_object(before, done)
-            self.refreshed |= before is not None and before[12:] != done[12:]  # ctime, inode
-            writer.add(done)
+            if found.kind != "f":
+                line = entries.encode(found.entry)
+                self.changed |= before is None or before.text != line[:-1]
+                writer.copy(line)
+            elif before is not None and self._untouched(before, found):
+                writer.copy(before.text + b"\n")
+            else:
+                self._file(before and before.entry(), found, writer, packer)
             if self.progress is not None:
                 self.progress(writer.entries, packer.content)
 
-    def _file(self, before: Entry | None, found: Found, packer: package.Packer) -> Entry | None:
+    def _untouched(self, before: Line, found: Found) -> bool:
+        """Whether nothing at all has happened to a file, its change time says so."""
+        if self.checksum or found.group:
+            return False
+        now = found.status
+        mode = stat.S_IMODE(now.st_mode)
+        known = (mode, now.st_uid, now.st_gid, now.st_mtime_ns, now.st_size)
+        if not (
+            before.text.endswith(entries.suffix(now.st_ctime_ns, now.st_ino))
+            and before.text.startswith(entries.prefix(found.path, b"f", *known))
+        ):
+            return False
+        group, generation = entries.content_of(before.text)
+        if group:
+            return False
+        self._count(generation, now.st_size)
+        return True
+
+    def _file(
+        self, before: Entry | None, found: Found, writer: entries.Writer, packer: package.Packer
+    ) -> None:
         entry = found.entry
-        if entry.group and entry.group in self.linked:  # another name of what is in already
+        if entry.group in self.linked:  # another name of what is in already
             first = self.linked[entry.group]
-            return entry._replace(
-                size=first.size,
-                mtime_ns=first.mtime_ns,
-                generation=first.generation,
-                digest=first.digest,
-                ctime_ns=first.ctime_ns,
-            )
-        try:
-            done = self._unchanged(before, found) or self._pack(found, packer)
-        except FileNotFoundError:
-            return None
-        if entry.group:
-            self.linked[entry.group] = done
-        self.content += done.size
-        self.packages[done.generation] = self.packages.get(done.generation, 0) + done.size
-        return done
+            done = first._replace(path=entry.path, inode=entry.inode)
+        else:
+            try:
+                done = self._unchanged(before, found) or self._pack(found, packer)
+            except FileNotFoundError:  # it vanished
+                self.changed = True
+                return
+            if entry.group:
+                self.linked[entry.group] = done
+            self._count(done.generation, done.size)
+        self.changed |= before is None or not entries.same_object(before, done)
+        self.refreshed |= before is not None and before[12:] != done[12:]  # ctime, inode
+        writer.add(done)
+
+    def _count(self, generation: int, size: int) -> None:
+        self.content += size
+        self.packages[generation] = self.packages.get(generation, 0) + size
 
     def _unchanged(self, before: Entry | None, found: Found) -> Entry | None:
         """The entry with the old content, if that is still what the file has."""
@@ -215,40 +236,50 @@ class _Snapshot:
             return None
         if (before.size, before.mtime_ns) != (entry.size, entry.mtime_ns):
             return None
-        kept = entries.with_content(entry, before)
         same = (before.ctime_ns, before.inode) == (entry.ctime_ns, entry.inode)
         if same and not self.checksum:
-            return kept
+            return entries.with_content(entry._replace(xattrs=before.xattrs), before)
         fd = os.open(found.name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=found.dirfd)
         try:
-            return kept if package.digest_of(fd) == before.digest else None
+            if package.digest_of(fd) != before.digest:
+                return None
+            kept = entry._replace(xattrs=xattrs(fd), ctime_ns=_settled(found.status))
+            return entries.with_content(kept, before)
         finally:
             os.close(fd)
 
     def _pack(self, found: Found, packer: package.Packer) -> Entry:
         attempt = 0
+        known: os.stat_result | None = found.status
         while True:
             attempt += 1
             flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
             fd = os.open(found.name, flags, dir_fd=found.dirfd)
             try:
-                status, digest, steady = packer.add(found.entry.path, fd)
+                marks = xattrs(fd)
+                status, digest, steady = packer.add(found.path, fd, known)
             finally:
                 os.close(fd)
             if not steady and attempt < ATTEMPTS:
+                known = None
                 continue
             # One that never holds still, as a log may, travels as far as it was at the last try.
             self.moving += not steady
-            # A later write in the same tick of the clock would leave no trace: look again then.
-            settled = steady and time.time_ns() - status.st_ctime_ns > TICK_NS
             return found.entry._replace(
                 size=status.st_size,
                 mtime_ns=status.st_mtime_ns,
-                ctime_ns=status.st_ctime_ns if settled else 0,
+                xattrs=marks,
+                ctime_ns=_settled(status) if steady else 0,
                 inode=status.st_ino,
                 generation=self.number,
                 digest=digest,
             )
+
+
+def _settled(status: os.stat_result) -> int:
+    """The change time, if it is past: a later write in the same tick of the clock would leave no
+    trace, and 0 makes the next walk look again."""
+    return status.st_ctime_ns if time.time_ns() - status.st_ctime_ns > TICK_NS else 0
 
 
 def snapshot(
@@ -294,7 +325,7 @@ def _snapshot(
                 entries.Writer(manifest_file) as writer,
                 package.Packer(package_file, level) as packer,
             ):
-                one.write(state.read(last) if last else (), writer, packer)
+                one.write(state.lines(last) if last else (), writer, packer)
             if last and not one.changed:
                 if one.refreshed:  # the next walk needn't read those files again
                     manifest_file.flush()

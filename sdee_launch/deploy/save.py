@@ -13,7 +13,7 @@ import shutil
 import stat
 
 from sdee_launch.deploy.apply import Places
-from sdee_launch.deploy.walk import DIRECTORY, Walk, remove_tree, xattrs
+from sdee_launch.deploy.walk import DIRECTORY, Found, Walk, remove_tree, xattrs
 
 OPAQUE = b"user.overlay.opaque"
 
@@ -35,14 +35,14 @@ def _lay(layer: int, target: int) -> None:
         for found in Walk(layer, lambda _: False):
             entry = found.entry
             if not entry.path:
-                _directory(target, found.dirfd, b".", found.status)
+                _directory(target, found)
                 times.append((b"", entry.mtime_ns))
                 continue
             dirfd, name = places.parent(entry.path)
             if entry.kind == "d":
                 fd = _make_directory(places, entry.path, dirfd, name, entry.xattrs)
                 try:
-                    _directory(fd, found.dirfd, found.name, found.status)
+                    _directory(fd, found)
                 finally:
                     os.close(fd)
                 times.append((entry.path, entry.mtime_ns))
@@ -91,11 +91,11 @@ def _make_directory(
     return os.open(name, DIRECTORY, dir_fd=dirfd)
 
 
-def _directory(fd: int, dirfd: int, name: bytes, status: os.stat_result) -> None:
+def _directory(fd: int, found: Found) -> None:
     """Owner, mode and xattrs; an opaque mark that target has already stays."""
-    os.chown(fd, status.st_uid, status.st_gid)
-    os.chmod(fd, stat.S_IMODE(status.st_mode))
-    for key, value in xattrs(dirfd, name):
+    os.chown(fd, found.status.st_uid, found.status.st_gid)
+    os.chmod(fd, stat.S_IMODE(found.status.st_mode))
+    for key, value in found.marks:
         os.setxattr(fd, key, value)
 
 
@@ -119,7 +119,7 @@ def _copy(source: int, source_name: bytes, dirfd: int, name: bytes, status: os.s
             writer.flush()
             os.fchown(writer.fileno(), status.st_uid, status.st_gid)
             os.fchmod(writer.fileno(), stat.S_IMODE(status.st_mode))
-            for key, value in xattrs(source, source_name):
+            for key, value in xattrs(reader.fileno()):
                 with contextlib.suppress(OSError):
                     os.setxattr(writer.fileno(), key, value)
             os.utime(writer.fileno(), ns=(status.st_mtime_ns, status.st_mtime_ns))

@@ -17,7 +17,13 @@ from sdee_launch.deploy.entries import XATTRS, Entry
 from sdee_launch.deploy.errors import DeployProblem
 
 DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-KINDS = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l", stat.S_IFIFO: "p"}
+KINDS = {
+    stat.S_IFREG: "f",
+    stat.S_IFDIR: "d",
+    stat.S_IFLNK: "l",
+    stat.S_IFIFO: "p",
+    stat.S_IFCHR: "c",
+}
 #: These name objects of the source's disk.
 LOCAL_XATTRS = (
     b"user.overlay.origin",
@@ -29,14 +35,32 @@ LOCAL_XATTRS = (
 )
 
 
-@dataclass
+@dataclass(slots=True)
 class Found:
-    """An object of the walk: its entry, and where it can be opened."""
+    """An object of the walk, and where it can be opened while the walk stands at it.
 
-    entry: Entry
+    `marks` are a directory's extended attributes; those of a file are read by whoever opens it.
+    """
+
+    path: bytes
+    kind: str  # as in `Entry`
+    status: os.stat_result
     dirfd: int
     name: bytes
-    status: os.stat_result
+    target: bytes = b""
+    marks: tuple[tuple[bytes, bytes], ...] = ()
+    group: int = 0
+
+    @property
+    def entry(self) -> Entry:
+        """Its entry, made anew at each call."""
+        path, kind, status = self.path, self.kind, self.status
+        mode = stat.S_IMODE(status.st_mode)
+        who = (status.st_uid, status.st_gid, status.st_mtime_ns)
+        if kind != "f":
+            return Entry(path, kind, mode, *who, 0, self.target, self.marks)
+        change = (status.st_ctime_ns, status.st_ino)
+        return Entry(path, kind, mode, *who, status.st_size, b"", (), self.group, 0, "", *change)
 
 
 @dataclass
@@ -51,11 +75,12 @@ class Walk:
 
     def __iter__(self) -> Iterator[Found]:
         fd = os.dup(self.root)
+        child = -1  # a directory that is entered next
         stack: list[tuple[list[bytes], os.stat_result]] = []
         path = b""
         try:
             status = os.fstat(fd)
-            yield Found(self._entry(b"", status, fd, b"."), fd, b".", status)
+            yield Found(b"", "d", status, fd, b".", marks=xattrs(fd))
             names = self._names(fd)
             while True:
                 if not names:
@@ -69,26 +94,34 @@ class Walk:
                 below = path + b"/" + name if path else name
                 try:
                     status = os.stat(name, dir_fd=fd, follow_symlinks=False)
-                    if self.excluded(below) or not self._travels(status):
+                    kind = self._kind(status)
+                    if not kind or self.excluded(below):
                         self.skipped += 1
                         continue
-                    entry = self._entry(below, status, fd, name)
-                except FileNotFoundError:
+                    found = Found(below, kind, status, fd, name)
+                    if kind == "f":
+                        if status.st_nlink > 1:
+                            found.group = self._group(status)
+                        yield found
+                        continue
+                    if kind == "l":
+                        found.target = os.readlink(name, dir_fd=fd)
+                    if kind == "d":
+                        child = os.open(name, DIRECTORY, dir_fd=fd)
+                        found.marks = xattrs(child)
+                except (FileNotFoundError, NotADirectoryError):
                     self.vanished += 1
                     continue
-                yield Found(entry, fd, name, status)
-                if entry.kind == "d":
-                    try:
-                        child = os.open(name, DIRECTORY, dir_fd=fd)
-                    except (FileNotFoundError, NotADirectoryError):
-                        self.vanished += 1
-                        continue
+                yield found
+                if kind == "d":
                     stack.append((names, os.fstat(fd)))
                     os.close(fd)
-                    fd, path = child, below
+                    fd, path, child = child, below, -1
                     names = self._names(fd)
         finally:
             os.close(fd)
+            if child >= 0:
+                os.close(child)
 
     @staticmethod
     def _names(fd: int) -> list[bytes]:
@@ -106,27 +139,15 @@ class Walk:
         return parent
 
     @staticmethod
-    def _travels(status: os.stat_result) -> bool:
-        kind = stat.S_IFMT(status.st_mode)
-        if kind == stat.S_IFCHR:
-            return status.st_rdev == 0  # a whiteout; any other device is the node's own matter
-        return kind in (stat.S_IFREG, stat.S_IFDIR, stat.S_IFLNK, stat.S_IFIFO)
+    def _kind(status: os.stat_result) -> str:
+        """As in `Entry`; empty: it doesn't travel."""
+        kind = KINDS.get(stat.S_IFMT(status.st_mode), "")
+        # A whiteout; any other device is the node's own matter.
+        return "" if kind == "c" and status.st_rdev else kind
 
-    def _entry(self, path: bytes, status: os.stat_result, dirfd: int, name: bytes) -> Entry:
-        kind = KINDS.get(stat.S_IFMT(status.st_mode), "c")
-        mode = stat.S_IMODE(status.st_mode)
-        who = (status.st_uid, status.st_gid, status.st_mtime_ns)
-        if kind == "l":
-            return Entry(path, kind, mode, *who, 0, os.fsencode(os.readlink(name, dir_fd=dirfd)))
-        if kind != "f":
-            return Entry(path, kind, mode, *who, 0, b"", xattrs(dirfd, name) if kind == "d" else ())
-        group = 0
-        if status.st_nlink > 1:
-            key = (status.st_dev, status.st_ino)
-            group = self._links.setdefault(key, len(self._links) + 1)
-        marks = xattrs(dirfd, name)
-        change = (status.st_ctime_ns, status.st_ino)
-        return Entry(path, kind, mode, *who, status.st_size, b"", marks, group, 0, "", *change)
+    def _group(self, status: os.stat_result) -> int:
+        """The number of a file that has several names."""
+        return self._links.setdefault((status.st_dev, status.st_ino), len(self._links) + 1)
 
 
 def remove_tree(path: str | bytes, dirfd: int | None = None) -> None:
@@ -143,12 +164,11 @@ def remove_tree(path: str | bytes, dirfd: int | None = None) -> None:
         raise DeployProblem(f"{os.fsdecode(path)} can't be removed: {reason[-1:]}")
 
 
-def xattrs(dirfd: int, name: bytes) -> tuple[tuple[bytes, bytes], ...]:
-    """The extended attributes of a file or directory that travel, sorted."""
-    path = b"/proc/self/fd/%d/%s" % (dirfd, name)
+def xattrs(fd: int) -> tuple[tuple[bytes, bytes], ...]:
+    """The extended attributes of an open file or directory that travel, sorted."""
     found = []
     try:
-        names = os.listxattr(path, follow_symlinks=False)
+        names = os.listxattr(fd)
     except OSError as error:
         if error.errno in (errno.ENOTSUP, errno.EACCES, errno.EPERM):
             return ()
@@ -157,7 +177,7 @@ def xattrs(dirfd: int, name: bytes) -> tuple[tuple[bytes, bytes], ...]:
         one = os.fsencode(text)
         if one.startswith(XATTRS) and one not in LOCAL_XATTRS:
             try:
-                found.append((one, os.getxattr(path, one, follow_symlinks=False)))
+                found.append((one, os.getxattr(fd, one)))
             except OSError as error:
                 if error.errno != errno.ENODATA:
                     raise
