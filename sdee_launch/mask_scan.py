@@ -13,7 +13,7 @@ import json
 import os
 import stat
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from mount_helpers.mountinfo import read_mounts
@@ -69,9 +69,9 @@ class Hidden(NamedTuple):
 
 def _is_hidden(mode: int) -> bool:
     """Whether the owner, the group or the others are refused what the class below may do."""
-    wanted = 0o5 if stat.S_ISDIR(mode) else 0o4
+    wanted = 0o555 if stat.S_ISDIR(mode) else 0o444
     # Refusing only the group (mode 604) hides it from the members of that group.
-    return any(mode >> shift & wanted != wanted for shift in (0, 3, 6))
+    return mode & wanted != wanted
 
 
 def _group_may_read(mode: int, gid: int) -> bool:
@@ -88,11 +88,14 @@ def scan(
 
     Objects that vanish meanwhile are left out; a directory that can't be walked counts as hidden.
     """
+    mounted: dict[bytes, set[bytes]] = {}
+    for point in foreign_mounts:
+        mounted.setdefault(os.path.dirname(point), set()).add(os.path.basename(point))
     stack = [b""]
     while stack:
         relative = stack.pop()
         try:
-            found, below = _one_directory(root, relative, foreign_mounts, always_empty, homes)
+            found, below = _one_directory(root, relative, mounted, always_empty, homes)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError:
@@ -117,7 +120,7 @@ def _hidden_whole(root: bytes, relative: bytes) -> Hidden:
 def _one_directory(
     root: bytes,
     relative: bytes,
-    foreign_mounts: frozenset[bytes],
+    mounted: Mapping[bytes, set[bytes]],
     always_empty: Sequence[bytes],
     homes: Sequence[bytes],
 ) -> tuple[list[Hidden], list[bytes]]:
@@ -125,24 +128,27 @@ def _one_directory(
     if len(relative) > LONGEST_PATH:
         raise OSError(f"{relative[:40]!r}… is too long a path")
     found, below = [], []
-    with os.scandir(os.path.join(root, relative)) as entries:
+    top = os.path.join(root, relative) if relative else root
+    foreign = mounted.get(top, ())
+    prefix = relative + b"/" if relative else b""
+    with os.scandir(top) as entries:
+        # Half a million objects are usual: what is plain of most is told with the fewest words.
         for entry in entries:
-            path = os.path.join(relative, entry.name)
-            if os.path.join(root, path) in foreign_mounts:
+            if entry.is_symlink() or entry.name in foreign:
                 continue
             try:
                 status = entry.stat(follow_symlinks=False)
             except FileNotFoundError:
                 continue
             mode = status.st_mode
-            if stat.S_ISLNK(mode):
-                continue
             is_directory = stat.S_ISDIR(mode)
+            if not is_directory and mode & 0o444 == 0o444:
+                continue
+            path = prefix + entry.name
             if is_directory and (path in always_empty or relative in homes):
                 found.append(Hidden(path, mode, status.st_uid, status.st_gid, 0, False))
                 continue
-            others_may = mode & 0o5 == 0o5
-            walked = is_directory and (others_may or _group_may_read(mode, status.st_gid))
+            walked = is_directory and (mode & 0o5 == 0o5 or _group_may_read(mode, status.st_gid))
             if walked:
                 below.append(path)
             if _is_hidden(mode):
