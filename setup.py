@@ -1,8 +1,10 @@
-"""What pyproject.toml has no words for: the optional C extension of the io_uring transport.
+"""What pyproject.toml has no words for: the optional C extensions.
 
-Without a compiler, Python's headers or liburing's, the build says so and goes on: sdeefs then
-serves by its other transports, and `sdeefs doctor` tells why.
+Without a compiler, Python's headers or (for the io_uring transport) liburing's, the build says so and
+goes on: sdeefs then serves without them, and `sdeefs doctor` tells why.
 """
+
+import glob
 
 from setuptools import Extension, setup
 
@@ -14,6 +16,13 @@ setup(
             libraries=["uring"],
             extra_compile_args=["-O2", "-std=gnu11"],
             optional=True,
-        )
+        ),
+        Extension(
+            "sdeefs.transports._shortcuts",
+            sorted(glob.glob("sdeefs/transports/shortcuts/*.c")),
+            depends=sorted(glob.glob("sdeefs/transports/shortcuts/*.h")),
+            extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra"],
+            optional=True,
+        ),
     ]
 )

@@ -6,6 +6,21 @@ import os
 import re
 from typing import NamedTuple
 
+#: Filesystems that other hosts write to, and whose calls may wait for a network.
+_REMOTE = (
+    "nfs",
+    "cifs",
+    "smb",
+    "ceph",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "9p",
+    "afs",
+    "fuse",
+    "virtiofs",
+)
+
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
@@ -46,6 +61,11 @@ def parse_line(line: bytes) -> Mount:
         _plain(source),
         os.fsdecode(_plain(super_options)),
     )
+
+
+def is_remote(fstype: str) -> bool:
+    """Whether a filesystem of this type may be another host's (or another program's: FUSE)."""
+    return fstype.startswith(_REMOTE)
 
 
 def read_mounts(pid: int | str = "self") -> list[Mount]:

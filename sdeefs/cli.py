@@ -56,6 +56,7 @@ options (-o NAME[=VALUE],...; `\,` is a comma and, in lowerdir, `\:` a colon of 
   transport=auto|ring|device|pyfuse3   how requests reach us (default auto: the fastest there is)
   passthrough=on|off|auto   the kernel reads and writes files itself (Linux >= 6.9, root)
   writeback=on|off|auto     the kernel collects writes (where passthrough isn't taken)
+  shortcuts=on|off      the commonest requests are answered in C (default on, where that is built)
   watch=on|off|auto     fanotify tells of changes in lower (else they are seen within a second)
   lower_timeout=, upper_timeout=, timeout=SECONDS   how long the kernel believes what it was told
   whiteouts=auto|chardev|xattr|prefix   how deletions are written

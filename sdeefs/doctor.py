@@ -21,12 +21,33 @@ def engines(findings: list[Finding]) -> dict[str, bool]:
     }
 
 
+def servers() -> list[Finding]:
+    """Which transport `auto` takes, and whether the shortcuts in C are there."""
+    from sdeefs.transports import ring, shortcuts
+
+    rings, missing = ring.why_not(), shortcuts.missing()
+    return [
+        Finding(
+            "transport-ring",
+            rings is None,
+            "a ring, its extension and the kernel's switch",
+            "auto takes it" if rings is None else f"{rings}; auto takes the device",
+        ),
+        Finding(
+            "shortcuts",
+            missing is None,
+            "import the extension",
+            "the commonest requests are answered in C" if missing is None else missing,
+        ),
+    ]
+
+
 def run(arguments: argparse.Namespace) -> int:
     """The command: status 0 where at least one engine works."""
     upper = None if arguments.upper is None else Path(arguments.upper)
     if upper is not None and not upper.is_dir():
         raise Refused(f"{upper}: not a directory")
-    findings = probe(upper)
+    findings = [*probe(upper), *servers()]
     works = engines(findings)
     if arguments.json:
         print(json.dumps({"engines": works, "findings": [f.as_json() for f in findings]}, indent=1))

@@ -36,6 +36,7 @@ class Options:
     transport: str | None = None  # auto, ring, device, pyfuse3
     passthrough: bool | None = None
     writeback: bool | None = None
+    shortcuts: bool | None = None
     watch: bool | None = None
     threads: int | None = None
     remount: bool = False
@@ -369,6 +370,7 @@ _TABLE: dict[str, _Change] = {
     "transport": _text("transport"),
     "passthrough": _switch("passthrough"),
     "writeback": _switch("writeback"),
+    "shortcuts": _switch("shortcuts"),
     "watch": _switch("watch"),
     "threads": _threads,
     "whiteouts": _whiteouts,

@@ -166,6 +166,7 @@ class Session:
         made = TransportOptions(
             passthrough=passthrough,
             writeback=options.writeback is not False,
+            shortcuts=options.shortcuts is not False,
             max_stack_depth=2 if self._stacked() else 1,
         )
         return made if options.threads is None else replace(made, threads=options.threads)

@@ -32,20 +32,6 @@ LIMIT = 100_000
 #: An answer that was under way when a change was told of may still reach the kernel after the
 #: invalidation: it is made once more, after so many seconds.
 AGAIN = 0.3
-#: Filesystems whose other hosts' changes fanotify doesn't see.
-_REMOTE = (
-    "nfs",
-    "cifs",
-    "smb",
-    "ceph",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "9p",
-    "afs",
-    "fuse",
-    "virtiofs",
-)
 
 _AT_HANDLE_FID = 0x200
 
@@ -241,9 +227,9 @@ def _handle(fd: int) -> bytes:
 
 def _refuse_remote(filesystem: Filesystem) -> None:
     """Changes made by other hosts are told to nobody here: there, time-outs do."""
-    from mount_helpers.mountinfo import read_mounts
+    from mount_helpers.mountinfo import is_remote, read_mounts
 
     devices = {layer.dev for number, layer in filesystem.layers.items() if number}
     for mount in read_mounts():
-        if mount.fstype.startswith(_REMOTE) and os.makedev(*mount.device) in devices:
+        if is_remote(mount.fstype) and os.makedev(*mount.device) in devices:
             raise OSError(errno.EOPNOTSUPP, f"{mount.fstype} tells nothing of other hosts' changes")

@@ -32,7 +32,7 @@ class Extra:
     """What few objects have."""
 
     __slots__ = (
-        "fd", "handles", "index", "io", "key", "lower_nlink", "names", "opened", "privileged", "secret", "work_name"
+        "fd", "handles", "index", "key", "lower_nlink", "names", "opened", "privileged", "secret", "work_name"
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -43,7 +43,6 @@ class Extra:
         self.lower_nlink = 0
         self.handles: list[OpenFile] = []
         self.opened: tuple[int, int] | None = None  # mtime_ns and size that the page cache is of
-        self.io = 0
         self.secret = False
         self.work_name: bytes | None = None  # of a nameless file where there is no O_TMPFILE
         self.privileged: int | None = None  # mtime_ns when setuid or setgid was set beside writers

@@ -19,6 +19,7 @@ from sdeefs.transports.backing import BackingIds
 from sdeefs.transports.negotiate import Agreement, agree, may_register_backing
 from sdeefs.transports.notifier import Notifier
 from sdeefs.transports.requests import Deferred, Features, Handler, handlers
+from sdeefs.transports.shortcuts import shorten
 from sdeefs.transports.transport import PASSTHROUGH, WRITEBACK, TransportOptions
 from sdeefs.transports.workers import Workers
 
@@ -166,16 +167,15 @@ class Connection:
         operations.killpriv = bool(agreement.flags & wire.HANDLE_KILLPRIV_V2)
         if operations.passthrough:
             self._backing_ids = BackingIds(self._fd)
-        self._handlers = handlers(
-            operations,
-            Features(
-                flush=self._options.flush,
-                setxattr_ext=bool(agreement.flags & wire.SETXATTR_EXT),
-                writeback=operations.writeback,
-            ),
-            self._backing_ids,
-            self._interrupt,
+        features = Features(
+            flush=self._options.flush,
+            setxattr_ext=bool(agreement.flags & wire.SETXATTR_EXT),
+            writeback=operations.writeback,
         )
+        table = handlers(operations, features, self._backing_ids, self._interrupt)
+        if self._options.shortcuts:
+            table = shorten(operations, table, self._backing_ids, features.open_base)
+        self._handlers = table
 
     # For subclasses
 

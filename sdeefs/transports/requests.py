@@ -64,6 +64,12 @@ class Features:
         self.setxattr_ext = setxattr_ext
         self.writeback = writeback
 
+    @property
+    def open_base(self) -> int:
+        """The flags of every OPEN reply. With write-back the kernel ignores FOPEN_NOFLUSH; FLUSH
+        answers ENOSYS once instead."""
+        return 0 if self.flush else wire.FOPEN_NOFLUSH
+
 
 def handlers(
     operations: Operations,
@@ -252,8 +258,7 @@ def _files(operations: Operations, features: Features, backing_ids: BackingIds |
     read_in, write_in = wire.READ_IN.unpack_from, wire.WRITE_IN.unpack_from
     write_out, open_out = wire.WRITE_OUT.pack, wire.OPEN_OUT.pack
     passthrough, direct = Io.PASSTHROUGH, Io.DIRECT
-    # With write-back the kernel ignores FOPEN_NOFLUSH; FLUSH answers ENOSYS once instead.
-    base = 0 if features.flush else wire.FOPEN_NOFLUSH
+    base = features.open_base
 
     def encode_open(node: int, opened: Opened, flags: int) -> bytes:
         handle, io, backing, keep_cache = opened

@@ -27,6 +27,7 @@ class TransportOptions:
     readdirplus: bool = True  # directories are read with their entries' attributes
     cache_symlinks: bool = True
     acl: bool = True  # POSIX ACLs, checked by the kernel
+    shortcuts: bool = True  # the commonest requests are answered in C, where that is built
     flush: bool = False  # ask the core at each close(2); else the kernel is told once not to
     ring_depth: int = 8  # requests of one CPU that are with the server at the same time
     ring_max_write: int = 1 << 18

@@ -58,7 +58,7 @@ WRITEBACK = Engine(
     frozenset({"seek"}),  # the kernel doesn't write back before it asks for holes
 )  # fmt: skip
 DEVICE_PLAIN = Engine(
-    "plain", "sdeefs", ("transport=device", "passthrough=off", "writeback=off")
+    "plain", "sdeefs", ("transport=device", "passthrough=off", "writeback=off", "shortcuts=off")
 )  # fmt: skip
 PYFUSE3 = Engine("pyfuse3", "sdeefs", ("transport=pyfuse3",), _PYFUSE3_LACKS)
 SDEEFS = (RING, PASSTHROUGH, WRITEBACK, DEVICE_PLAIN, PYFUSE3)

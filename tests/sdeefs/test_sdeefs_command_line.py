@@ -86,7 +86,9 @@ def test_doctor_says_what_works(tmp_path: Path) -> None:
     assert done.returncode == 0
     told = json.loads(done.stdout)
     assert told["engines"] == {"kernel": True, "fuse": True}
-    assert {f["name"] for f in told["findings"]} >= {"overlay", "fuse", "fanotify", "reflink"}
+    assert {f["name"] for f in told["findings"]} >= {
+        "overlay", "fuse", "fanotify", "reflink", "transport-ring", "shortcuts"
+    }  # fmt: skip
     text = sdeefs("doctor", str(tmp_path)).stdout
     assert "engines that work here: kernel, fuse" in text
     assert os.listdir(tmp_path) == []

@@ -1,0 +1,329 @@
+/* OPEN, CREATE, READ and RELEASE of plain files. */
+#include "shortcuts.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+/* What of open(2)'s flags reaches the descriptor of a layer's file (core/handles.py). */
+#define KEPT (O_ACCMODE | O_SYNC | O_DSYNC)
+
+static int layer_flags(Shortcuts *self, uint32_t flags)
+{
+	int wanted = (int)flags & KEPT;
+
+	if (self->writeback && (flags & O_ACCMODE) == O_WRONLY)
+		wanted = (wanted & ~O_ACCMODE) | O_RDWR; /* the kernel fills pages through it */
+	if (self->is_volatile)
+		wanted &= ~(O_SYNC | O_DSYNC);
+	return wanted;
+}
+
+static PyObject *contents(const struct stat *st)
+{
+	long long mtime = (long long)st->st_mtim.tv_sec * 1000000000LL + st->st_mtim.tv_nsec;
+
+	return Py_BuildValue("(LL)", mtime, (long long)st->st_size);
+}
+
+/* Whether what the kernel has cached of a file is still its data; notes what it is from now on. */
+static int keeps_cache(PyObject *extra, const struct stat *st)
+{
+	PyObject *now = contents(st);
+	int keep;
+
+	if (!now)
+		return -1;
+	keep = PyList_GET_SIZE(SLOT(extra, shape.handles)) > 0;
+	if (!keep)
+		keep = PyObject_RichCompareBool(SLOT(extra, shape.opened), now, Py_EQ);
+	set_slot(extra, shape.opened, now);
+	return keep;
+}
+
+static PyObject *new_file(PyObject *node, PyObject *fd, int writable, PyObject *io)
+{
+	PyObject *file = PyType_GenericAlloc(shape.open_file, 0);
+
+	if (!file)
+		return NULL;
+	SLOT(file, shape.file_node) = Py_NewRef(node);
+	SLOT(file, shape.file_fd) = Py_NewRef(fd);
+	SLOT(file, shape.file_writable) = Py_NewRef(writable ? Py_True : Py_False);
+	SLOT(file, shape.file_io) = Py_NewRef(io);
+	SLOT(file, shape.file_lower) = Py_NewRef(slot_int(node, shape.layer) == UPPER ? Py_False : Py_True);
+	return file;
+}
+
+/* The kernel's name for the file that it reads and writes itself; 0: it goes by requests. */
+static int backing_id(Shortcuts *self, PyObject *node, PyObject *handle, PyObject *fd, int passes)
+{
+	PyObject *arguments[3] = { SLOT(node, shape.number), handle, passes ? fd : Py_None }, *id;
+	long number;
+
+	if (self->backing == Py_None)
+		return 0;
+	id = PyObject_Vectorcall(self->acquire_backing, arguments, 3, NULL);
+	if (!id)
+		return -1;
+	number = PyLong_AsLong(id);
+	Py_DECREF(id);
+	return (int)number;
+}
+
+/* Handles._opened() and encode_open(): the handle of an open descriptor, which it owns from then on. */
+static int opened(Shortcuts *self, PyObject *node, int fd, const struct stat *st, int writable,
+		  struct fuse_open_out *out)
+{
+	PyObject *extra = SLOT(node, shape.extra_at), *handles, *io, *handle = NULL, *number = NULL, *file = NULL;
+	int keep = 0, id, rc = FAILED;
+
+	if (extra == Py_None) {
+		extra = new_extra();
+		if (!extra)
+			return FAILED;
+		set_slot(node, shape.extra_at, extra);
+	}
+	handles = SLOT(extra, shape.handles);
+	if (PyList_GET_SIZE(handles))
+		io = SLOT(PyList_GET_ITEM(handles, 0), shape.file_io);
+	else
+		io = self->passthrough && (slot_int(node, shape.layer) == UPPER || !self->writable) ?
+			self->io_passthrough : self->io_cached;
+	if (io == self->io_cached)
+		keep = keeps_cache(extra, st);
+	else
+		set_slot(extra, shape.opened, Py_NewRef(Py_None));
+	handle = keep < 0 ? NULL : next_number(self->filesystem, str_next_handle);
+	number = handle ? PyLong_FromLong(fd) : NULL;
+	file = number ? new_file(node, number, writable, io) : NULL;
+	if (file && PyDict_SetItem(self->files, handle, file) == 0) {
+		if (PyList_Append(handles, file) == 0)
+			rc = ANSWERED;
+		else
+			PyDict_DelItem(self->files, handle);
+	}
+	if (!rc) {
+		id = backing_id(self, node, handle, number, io == self->io_passthrough);
+		if (id < 0) {
+			rc = FAILED; /* the handle stays until the mount ends: never seen */
+		} else {
+			out->fh = PyLong_AsUnsignedLongLongMask(handle);
+			out->backing_id = id;
+			out->open_flags = self->open_base | (id ? FOPEN_PASSTHROUGH : keep ? FOPEN_KEEP_CACHE : 0);
+		}
+	}
+	Py_XDECREF(handle);
+	Py_XDECREF(number);
+	Py_XDECREF(file);
+	return rc;
+}
+
+/* Whether a handle may be opened here: all of a node's go the same way, DIRECT ones are Python's. */
+static int is_plain(Shortcuts *self, PyObject *node)
+{
+	PyObject *extra = SLOT(node, shape.extra_at), *handles;
+
+	if (extra == Py_None)
+		return 1;
+	if (SLOT(extra, shape.secret) != Py_False || SLOT(extra, shape.work_name) != Py_None)
+		return 0;
+	handles = SLOT(extra, shape.handles);
+	if (PyList_GET_SIZE(handles)) {
+		PyObject *io = SLOT(PyList_GET_ITEM(handles, 0), shape.file_io);
+
+		return io == self->io_cached || io == self->io_passthrough;
+	}
+	return 1;
+}
+
+int do_open(Shortcuts *self, struct call *call)
+{
+	struct fuse_open_in in;
+	PyObject *node;
+	struct place place;
+	struct stat st;
+	int fd, writable, rc;
+	long layer;
+
+	if (call->length < (Py_ssize_t)sizeof in)
+		return LEAVE;
+	memcpy(&in, call->body, sizeof in);
+	node = find_node(self, call->node);
+	if (!node || slot_u64(node, shape.kind) != S_IFREG || in.flags & (O_TRUNC | O_NOATIME) ||
+	    !is_plain(self, node) || place_of(self, node, &place) || !*place.name)
+		return LEAVE;
+	layer = slot_int(node, shape.layer);
+	writable = (in.flags & O_ACCMODE) != O_RDONLY;
+	if (writable && (!self->writable || layer != UPPER))
+		return LEAVE;
+	rc = writable ? settled(self) : 0;
+	if (rc)
+		return rc;
+	fd = openat(place.fd, place.name,
+		    layer_flags(self, in.flags) | O_CLOEXEC | O_NONBLOCK | O_NOCTTY | O_NOFOLLOW);
+	if (fd < 0)
+		return errno == EACCES || errno == EPERM || errno == ENOENT || errno == ELOOP || errno == ENXIO ?
+			LEAVE : errno;
+	if (fstat(fd, &st) < 0 || st.st_ino != slot_u64(node, shape.ino) ||
+	    (writable && st.st_mode & 06000) || may_be_secret(self, layer, &st, place.fd, place.name))
+		rc = LEAVE;
+	else
+		rc = opened(self, node, fd, &st, writable, (struct fuse_open_out *)call->out);
+	if (rc)
+		close(fd);
+	call->size = sizeof(struct fuse_open_out);
+	return rc;
+}
+
+/* Whether the thread creates files as these ids from now on (core/credentials.py). */
+static int becomes(Shortcuts *self, uint32_t uid, uint32_t gid)
+{
+	PyObject *ids[2] = { PyLong_FromUnsignedLong(uid), PyLong_FromUnsignedLong(gid) }, *done = NULL;
+	int truth;
+
+	if (ids[0] && ids[1])
+		done = PyObject_Vectorcall(self->become, ids, 2, NULL);
+	Py_XDECREF(ids[0]);
+	Py_XDECREF(ids[1]);
+	truth = done ? PyObject_IsTrue(done) : -1;
+	Py_XDECREF(done);
+	return truth;
+}
+
+int do_create(Shortcuts *self, struct call *call)
+{
+	struct fuse_create_in in;
+	struct fuse_entry_out *entry = (struct fuse_entry_out *)call->out;
+	PyObject *parent, *name, *child;
+	struct found found = { .layer = UPPER };
+	uint32_t uid, gid;
+	int directory, fd = -1, rc;
+	long flags;
+
+	if (call->length < (Py_ssize_t)sizeof in + 2 || call->length > (Py_ssize_t)sizeof in + 256 ||
+	    !self->writable)
+		return LEAVE;
+	memcpy(&in, call->body, sizeof in);
+	parent = find_node(self, call->node);
+	if (!parent || !is_directory(parent) || slot_int(parent, shape.layer) != UPPER || in.mode & 06000)
+		return LEAVE;
+	flags = slot_int(parent, shape.flags);
+	directory = directory_fd(self, parent, UPPER);
+	if (directory < 0 || (flags & (FLAG_DEAD | FLAG_ACL_KNOWN | FLAG_ACL_DEFAULT)) != FLAG_ACL_KNOWN ||
+	    stored_ids(&self->upper_owners, call->uid, call->gid, &uid, &gid) < 0)
+		return LEAVE;
+	name = PyBytes_FromStringAndSize(call->body + sizeof in, call->length - 1 - (Py_ssize_t)sizeof in);
+	if (!name)
+		return FAILED;
+	child = PyDict_GetItemWithError(SLOT(parent, shape.children), name);
+	rc = child ? LEAVE : PyErr_Occurred() ? FAILED : 0;
+	if (!rc) {
+		int became = becomes(self, uid, gid);
+
+		rc = became < 0 ? FAILED : became ? 0 : LEAVE;
+	}
+	if (!rc) {
+		fd = openat(directory, PyBytes_AS_STRING(name),
+			    layer_flags(self, in.flags) | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,
+			    in.mode & ~in.umask & 07777);
+		if (fd < 0)
+			rc = errno == EEXIST ? LEAVE : errno; /* a whiteout has the name */
+		else if (fstat(fd, &found.st) < 0)
+			rc = errno;
+	}
+	if (!rc) {
+		found.node = new_node(self, parent, name, &found.st, UPPER,
+				      found.st.st_ino ^ self->layers[UPPER].mix, NULL);
+		rc = found.node ? pack_found(self, &found, entry) : FAILED;
+	}
+	if (!rc)
+		rc = opened(self, found.node, fd, &found.st, (in.flags & O_ACCMODE) != O_RDONLY,
+			    (struct fuse_open_out *)(entry + 1));
+	if (rc && fd >= 0)
+		close(fd);
+	Py_DECREF(name);
+	call->size = sizeof *entry + sizeof(struct fuse_open_out);
+	return rc;
+}
+
+/* Called without the lock: Python's own takes none either. */
+int do_read(Shortcuts *self, struct call *call)
+{
+	struct fuse_read_in in;
+	PyObject *file, *bytes;
+	ssize_t length;
+	int fd, error;
+
+	if (call->length < (Py_ssize_t)sizeof in)
+		return LEAVE;
+	memcpy(&in, call->body, sizeof in);
+	file = find_file(self, in.fh);
+	if (!file)
+		return LEAVE;
+	fd = (int)slot_int(file, shape.file_fd);
+	bytes = PyBytes_FromStringAndSize(NULL, in.size);
+	if (!bytes)
+		return FAILED;
+	Py_BEGIN_ALLOW_THREADS
+	length = pread(fd, PyBytes_AS_STRING(bytes), in.size, (off_t)in.offset);
+	error = errno;
+	Py_END_ALLOW_THREADS
+	if (length < 0) {
+		Py_DECREF(bytes);
+		return error;
+	}
+	if (length < (ssize_t)in.size && _PyBytes_Resize(&bytes, length) < 0)
+		return FAILED;
+	call->bytes = bytes;
+	return ANSWERED;
+}
+
+int do_release(Shortcuts *self, struct call *call)
+{
+	struct fuse_release_in in;
+	PyObject *file, *node, *extra, *handles, *handle, *done;
+	Py_ssize_t i, at = -1;
+	struct stat st;
+	int fd;
+
+	if (call->length < (Py_ssize_t)sizeof in)
+		return LEAVE;
+	memcpy(&in, call->body, sizeof in);
+	file = find_file(self, in.fh);
+	if (!file)
+		return LEAVE;
+	node = SLOT(file, shape.file_node);
+	extra = SLOT(node, shape.extra_at);
+	if (extra == Py_None || SLOT(extra, shape.privileged) != Py_None || slot_int(node, shape.count) <= 0)
+		return LEAVE;
+	handles = SLOT(extra, shape.handles);
+	for (i = 0; i < PyList_GET_SIZE(handles); i++)
+		if (PyList_GET_ITEM(handles, i) == file)
+			at = i;
+	if (at < 0)
+		return LEAVE;
+	handle = PyLong_FromUnsignedLongLong(in.fh);
+	if (!handle)
+		return FAILED;
+	fd = (int)slot_int(file, shape.file_fd);
+	if (SLOT(file, shape.file_io) == self->io_cached && SLOT(file, shape.file_writable) == Py_True &&
+	    fstat(fd, &st) == 0) {
+		PyObject *now = contents(&st);
+
+		if (now)
+			set_slot(extra, shape.opened, now);
+	}
+	done = self->backing == Py_None ? Py_NewRef(Py_None) :
+					  PyObject_CallOneArg(self->release_backing, handle);
+	Py_XDECREF(done);
+	if (!done || PyList_SetSlice(handles, at, at + 1, NULL) < 0 || PyDict_DelItem(self->files, handle) < 0) {
+		Py_DECREF(handle);
+		return FAILED;
+	}
+	Py_DECREF(handle);
+	Py_BEGIN_ALLOW_THREADS
+	close(fd);
+	Py_END_ALLOW_THREADS
+	call->size = 0;
+	return ANSWERED;
+}

@@ -1,0 +1,180 @@
+/* Answers to the commonest requests without the interpreter, from the core's own objects.
+ *
+ * The core (sdeefs/core, Python) is whole without this. Each function here serves the plain case of
+ * one request, on the same nodes, handles and descriptors and with the same result, and leaves all
+ * else to Python (LEAVE) before it has changed anything. So what isn't plain (whiteouts, copy-up,
+ * hard links that were copied up, secrets, ACLs) is written once, in Python.
+ *
+ * All run with the GIL and the core's lock held. System calls keep the GIL: they are short on a
+ * local filesystem, and handing it over for each costs more than they do. Remote layers get no
+ * shortcuts (shortcuts.py).
+ */
+#ifndef SHORTCUTS_H
+#define SHORTCUTS_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <errno.h>
+#include <stdint.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "wire.h"
+
+/* What a shortcut returns; an errno (positive) is the answer, too. */
+#define ANSWERED 0
+#define LEAVE (-1)  /* to Python's handler; nothing has been changed */
+#define FAILED (-2) /* with a Python exception */
+
+#define UPPER 0
+#define OPCODES 64
+
+/* Directory.flags, as sdeefs/core/nodes.py has them. */
+#define FLAG_IMPURE 1
+#define FLAG_HIDDEN 4
+#define FLAG_DEAD 8
+#define FLAG_ACL_KNOWN 16
+#define FLAG_ACL_DEFAULT 32
+
+struct id_range {
+	uint32_t inside, outside, count;
+};
+
+struct id_map {
+	struct id_range *ranges;
+	Py_ssize_t count;
+};
+
+/* How the ids of one kind of layer are shown (core/ids.py: Owners). */
+struct owners {
+	struct id_map uids, gids;
+	int squash, identity;
+};
+
+struct layer {
+	PyObject *object;
+	int fd;
+	uint64_t mix; /* is xored into inode numbers: the filesystem's number above bit 56 */
+};
+
+struct secrets {
+	int on;
+	uint32_t uid, *gids;
+	Py_ssize_t gid_count;
+};
+
+typedef struct {
+	PyObject_HEAD
+	PyObject *filesystem;	    /* core.filesystem.Filesystem */
+	PyObject *acquire, *release; /* its lock's */
+	PyObject *nodes, *files, *open_dirs, *table, *upper;
+	PyObject *handlers; /* Python's, by opcode */
+	PyObject *backing;  /* BackingIds, or None */
+	PyObject *acquire_backing, *release_backing;
+	PyObject *settle, *become, *pack_entry, *lookup;
+	PyObject *io_passthrough, *io_cached;
+	struct layer *layers;
+	Py_ssize_t layer_count;
+	long unmapped;
+	struct owners upper_owners, lower_owners;
+	struct secrets secrets;
+	double upper_timeout;
+	uint32_t open_base; /* flags of every OPEN reply */
+	int writable, index_on, writeback, passthrough, killpriv, is_volatile;
+	int work_fd;
+	char own_prefix[32]; /* of xattrs that merged doesn't show as they are */
+	uint64_t left[OPCODES]; /* requests that were Python's, by opcode */
+} Shortcuts;
+
+/* One request, and its answer: `out` and `size`, or `bytes`. */
+struct call {
+	uint64_t node;
+	const char *body;
+	Py_ssize_t length;
+	uint32_t uid, gid;
+	PyObject *const *arguments; /* as Python's handler takes them */
+	char out[192];
+	size_t size;
+	PyObject *bytes;
+};
+
+/* objects.c: the core's objects */
+struct shape {
+	PyTypeObject *node, *directory, *extra, *open_file, *open_directory;
+	/* Node */
+	Py_ssize_t number, count, parent, name, kind, layer, ino, shown, extra_at, stamp;
+	/* Directory */
+	Py_ssize_t children, lowers, lower_fds, upper_fd, flags;
+	/* Extra */
+	Py_ssize_t names, key, fd, index, lower_nlink, handles, opened, secret, work_name, privileged;
+	/* OpenFile */
+	Py_ssize_t file_node, file_fd, file_writable, file_io, file_lower;
+	/* OpenDirectory */
+	Py_ssize_t entries, directory_node;
+};
+extern struct shape shape;
+
+#define SLOT(object, at) (*(PyObject **)((char *)(object) + (at)))
+
+int learn_shape(void);
+long slot_int(PyObject *object, Py_ssize_t at); /* small numbers; -1 where it is none */
+uint64_t slot_u64(PyObject *object, Py_ssize_t at);
+void set_slot(PyObject *object, Py_ssize_t at, PyObject *value); /* steals value */
+int is_directory(PyObject *node);
+PyObject *find_node(Shortcuts *self, uint64_t number); /* borrowed; NULL: none, or an exception */
+PyObject *find_file(Shortcuts *self, uint64_t handle); /* the same, of an open file */
+PyObject *new_node(Shortcuts *self, PyObject *parent, PyObject *name, const struct stat *st, long layer,
+		   uint64_t shown, PyObject *stamp);
+PyObject *new_extra(void);
+PyObject *next_number(PyObject *owner, PyObject *attribute); /* and count it up */
+extern PyObject *str_next, *str_next_handle, *str_lower_timeout, *str_xwhiteouts, *str_spare, *str_entries;
+
+/* places.c: where an object is, and what stat tells of it */
+struct place {
+	int fd;
+	const char *name; /* empty: the descriptor is the object */
+};
+int directory_fd(Shortcuts *self, PyObject *directory, long layer); /* -1: not open */
+int place_of(Shortcuts *self, PyObject *node, struct place *place); /* ANSWERED or LEAVE */
+int stat_place(const struct place *place, struct stat *st);	    /* an errno */
+int stat_node(Shortcuts *self, PyObject *node, struct stat *st);   /* LEAVE where it isn't there */
+int shown_attributes(Shortcuts *self, PyObject *node, const struct stat *st, struct fuse_attr *attr);
+int stored_ids(const struct owners *owners, uint32_t uid, uint32_t gid, uint32_t *stored_uid,
+	       uint32_t *stored_gid); /* -1: no place in the map; 0xFFFFFFFF stays */
+int timeout_of(Shortcuts *self, long layer, uint64_t *seconds, uint32_t *nanoseconds);
+int may_be_secret(Shortcuts *self, long layer, const struct stat *st, int fd, const char *name);
+void xattr_path(char *path, size_t size, const struct place *place);
+int settled(Shortcuts *self);
+int is_plain_upper(PyObject *parent, PyObject *name, int fd, const struct stat *st);
+
+/* names.c */
+struct found {
+	PyObject *node; /* borrowed; NULL: no such name */
+	struct stat st;
+	long layer;
+};
+int find_name(Shortcuts *self, PyObject *parent, PyObject *name, struct found *found);
+int pack_found(Shortcuts *self, const struct found *found, struct fuse_entry_out *out);
+int in_lowers(Shortcuts *self, PyObject *parent, const char *name); /* 0, 1, or LEAVE */
+int do_lookup(Shortcuts *self, struct call *call);
+int do_forget(Shortcuts *self, struct call *call);
+int do_batch_forget(Shortcuts *self, struct call *call);
+int do_unlink(Shortcuts *self, struct call *call);
+
+/* attributes.c */
+int do_getattr(Shortcuts *self, struct call *call);
+int do_setattr(Shortcuts *self, struct call *call);
+int do_getxattr(Shortcuts *self, struct call *call);
+int do_listxattr(Shortcuts *self, struct call *call);
+
+/* files.c */
+int do_open(Shortcuts *self, struct call *call);
+int do_create(Shortcuts *self, struct call *call);
+int do_read(Shortcuts *self, struct call *call);
+int do_release(Shortcuts *self, struct call *call);
+
+/* directories.c */
+int do_readdirplus(Shortcuts *self, struct call *call);
+
+#endif
