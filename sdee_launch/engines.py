@@ -160,28 +160,10 @@ def id_map_option(name: str, ranges: Sequence[IdRange]) -> str:
     return f"{name}=" + ":".join(f"{r.outside}:{r.inside}:{r.count}" for r in ranges)
 
 
-def preload() -> None:
-    """Import what a server needs, so that one that is forked from this process starts at once."""
-    import trio  # noqa: F401
-
-    import sdeefs.core.filesystem
-    import sdeefs.public
-    import sdeefs.session
-    import sdeefs.transports.choose
-    import sdeefs.transports.device
-    import sdeefs.transports.mount_device
-    import sdeefs.watch
-
-    try:
-        import sdeefs.transports.ring  # noqa: F401
-    except ImportError:
-        pass  # without its C extension
-
-
 def fuse_mount(layers: Layers, words: Sequence[str], fork: bool = False) -> tuple[int, int, int]:
     """A detached sdeefs mount in a server of its own: (mount, pid, pidfd). Raises EngineProblem.
 
-    `fork`: this process has one thread and did `preload()`; the server is a fork of it.
+    `fork`: this process has one thread; the server is a fork of it.
     """
     from sdeefs import public
 
@@ -198,6 +180,7 @@ def fuse_mount(layers: Layers, words: Sequence[str], fork: bool = False) -> tupl
     try:
         parsed = public.parse([",".join(options)])
         if fork:
+            public.preload()
             server = _forked_server(parsed, fds)
         else:
             server = public.start_server(parsed, pass_fds=fds)

@@ -12,6 +12,7 @@ keeper ends when the daemon closes its socket or dies; instances live on.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import select
@@ -89,6 +90,7 @@ def start_template() -> tuple[int, socket.socket]:
 def _template(sock: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # keepers are reaped by the kernel
     set_title("sdee-keeper of all")
+    _preload()
     while (got := receive(sock)) is not None:
         message, fds = got
         if not os.fork():
@@ -100,6 +102,21 @@ def _template(sock: socket.socket) -> None:
             os._exit(0)
         for fd in fds:
             os.close(fd)
+
+
+def _preload() -> None:
+    """Import what keepers and the servers they fork need, once for all of them.
+
+    Nothing here depends on a user, and nothing of one ever comes to the template but the number.
+    """
+    importlib.import_module("sdee_launch.keeper_make")
+    try:
+        importlib.import_module("sdeefs.public").preload()
+    except ImportError as error:
+        print(f"sdeed: no engine fuse: {error}", file=sys.stderr)
+    # What is here stays; a collection that looks at it would copy its pages in every fork.
+    gc.collect()
+    gc.freeze()
 
 
 def _keeper(sock: socket.socket) -> None:

@@ -372,7 +372,6 @@ def _fuse(
     volatile: bool,
 ) -> Merged:
     merged = Merged(engines.FUSE)
-    engines.preload()
     words = [
         engines.id_map_option("lower_uidmap", maps[0]),
         engines.id_map_option("lower_gidmap", maps[1]),

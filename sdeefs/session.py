@@ -32,6 +32,16 @@ if TYPE_CHECKING:
 logger = logging.getLogger("sdeefs")
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _STACKED = ("overlay", "fuse", "ecryptfs")
+#: Seconds in which nothing but requests is served.
+_FIRST_REQUESTS = 0.1
+
+
+async def _back_to(interval: float) -> None:
+    """When all have started, threads take turns as before."""
+    import trio
+
+    await trio.sleep(0)
+    sys.setswitchinterval(interval)
 
 
 class Session:
@@ -253,19 +263,22 @@ class Session:
 
     def run(self) -> int:
         """Wait until the mount is gone, whoever takes it away; returns the exit status."""
-        # Importing trio takes a tenth of a second, in which the first requests mustn't wait for us.
+        # Whoever made the mount is just coming to use it: trio, which takes a tenth of a second of
+        # the interpreter to import, stays out of the way, and is spared where it is all over by then.
+        if self._ended.wait(_FIRST_REQUESTS):
+            return 0 if self._failure is None else 1
         interval = sys.getswitchinterval()
         sys.setswitchinterval(0.0002)
         import trio
 
-        sys.setswitchinterval(interval)
-        trio.run(self._beside)
+        trio.run(self._beside, interval)
         return 0 if self._failure is None else 1
 
-    async def _beside(self) -> None:
+    async def _beside(self, interval: float) -> None:
         import trio
 
         async with trio.open_nursery() as nursery:
+            nursery.start_soon(_back_to, interval)
             token = trio.lowlevel.current_trio_token()
 
             def over() -> None:
