@@ -30,7 +30,7 @@ from mount_helpers import syscalls
 from sdee_launch.accounts import Account
 from sdee_launch.deploy import entries, package
 from sdee_launch.deploy.apply import Apply, Places
-from sdee_launch.deploy.entries import Entry
+from sdee_launch.deploy.entries import Line
 from sdee_launch.deploy.errors import Damaged, DeployProblem
 from sdee_launch.deploy.inside import run_inside
 from sdee_launch.deploy.walk import DIRECTORY, Walk, remove_tree
@@ -286,9 +286,9 @@ def open_source(source: str, name: str) -> BinaryIO:
     return os.fdopen(fd, "rb")
 
 
-def _manifest(path: str) -> Iterator[Entry]:
+def _manifest(path: str) -> Iterator[Line]:
     with open(path, "rb") as file:
-        yield from entries.read(file)
+        yield from entries.lines(file)
 
 
 def _ensure(place: str, source: str, number: int, limit: int) -> tuple[int, int, int, int]:
@@ -377,7 +377,8 @@ def _verify(path: str, checksum: bool, most: int | None = None) -> list[str]:
     root = os.open(os.path.join(path, "tree"), DIRECTORY)
     places = Places(root)
     try:
-        for entry in itertools.islice(_manifest(os.path.join(path, "manifest")), most):
+        for line in itertools.islice(_manifest(os.path.join(path, "manifest")), most):
+            entry = line.entry()
             try:
                 dirfd, name = places.parent(entry.path)
                 status = os.stat(name, dir_fd=dirfd, follow_symlinks=False)

@@ -20,8 +20,8 @@ from sdee_launch.deploy.errors import Damaged
 _HEADER = b"sdee-manifest\t1"
 #: A line longer than this is no manifest of ours (names, link target and xattrs are bounded).
 MAX_LINE = 1 << 20
+_KINDS = {kind.encode(): kind for kind in "dflcp"}
 #: Names of xattrs that travel. Others are root's matter, or mean nothing on another machine.
-_KINDS = frozenset("dflcp")
 XATTRS = (b"user.", b"security.capability", b"system.posix_acl_")
 
 
@@ -175,7 +175,7 @@ def decode(line: bytes) -> Entry:
             xattrs = tuple((b64decode(k), b64decode(v)) for k, v in pairs)
         entry = Entry(
             path,
-            kind.decode("ascii"),
+            _KINDS[kind],
             int(mode),
             int(uid),
             int(gid),
@@ -189,8 +189,10 @@ def decode(line: bytes) -> Entry:
             int(ctime),
             int(inode),
         )
-    except (ValueError, KeyError) as error:
+    except ValueError as error:
         raise Damaged(f"a manifest has a line that can't be read ({error})") from None
+    except KeyError:  # a kind or an escape that there isn't
+        raise Damaged(f"a manifest names what no upper can have: {line[:80]!r}") from None
     if not proper(entry):
         raise Damaged(f"a manifest names what no upper can have: {entry.path[:80]!r}")
     return entry
@@ -200,20 +202,31 @@ def decode(line: bytes) -> Entry:
 _TRICK = re.compile(rb"(?:\A|/)\.{0,2}(?:/|\Z)|[^/]{256}|\0")
 
 
+def _plain(path: bytes) -> bool:
+    """Whether a path can't have any of that: most are so, and told so in little time."""
+    return (
+        len(path) < 256
+        and b"/." not in path
+        and b"//" not in path
+        and b"\0" not in path
+        and not path.startswith((b"/", b"."))
+        and not path.endswith(b"/")
+    )
+
+
 def proper(entry: Entry) -> bool:
-    """Whether an entry could be an object of an upper: a relative path without tricks, a known kind."""
+    """Whether an entry could be an object of an upper: a relative path without tricks."""
     path, kind, mode, uid, gid, mtime, size, target, xattrs = entry[:9]
     return (
-        kind in _KINDS
-        and (not _TRICK.search(path) if path else kind == "d")
-        and b"\0" not in target
+        (_plain(path) or not _TRICK.search(path) if path else kind == "d")
         and 0 <= mode <= 0o7777
         and 0 <= uid < 1 << 32
         and 0 <= gid < 1 << 32
         and 0 <= size < 1 << 63
         and -(1 << 63) < mtime < 1 << 63
         and entry.generation >= 0
-        and all(name.startswith(XATTRS) for name, _ in xattrs)
+        and b"\0" not in target
+        and (not xattrs or all(name.startswith(XATTRS) for name, _ in xattrs))
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import subprocess
 import sys
 
@@ -78,6 +79,26 @@ def test_a_directory_stands_before_what_is_in_it() -> None:
     ordered = sorted(paths, key=entries.sort_key)
     assert ordered == [b"", b"a", b"a/b", b"a/b/c", b"a/b-", b"a-b", b"a.b"]
     assert ordered == sorted(paths, key=lambda path: path.split(b"/") if path else [])
+
+
+def test_what_is_told_quickly_is_never_a_trick() -> None:
+    for length in range(1, 7):
+        for letters in itertools.product(b"a./\0", repeat=length):
+            path = bytes(letters)
+            assert not (entries._plain(path) and entries._TRICK.search(path))
+    assert entries._plain(b"usr/lib/.." + b"x") is False  # the slow way decides
+    assert not entries._plain(b"n" * 256)
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(ENTRY)
+def test_a_line_begins_and_ends_as_its_object_is(entry: Entry) -> None:
+    line = entries.encode(entry)[:-1]
+    assert line.startswith(entries.prefix(entry.path, entry.kind.encode(), *entry[2:7]))
+    assert line.endswith(entries.suffix(entry.ctime_ns, entry.inode))
+    assert entries.content_of(line) == (entry.group, entry.generation)
+    (read,) = list(entries.lines(io.BytesIO(_written([entry]))))
+    assert (read.path, read.text, read.kind) == (entry.path, line, entry.kind.encode())
 
 
 def _written(wanted: list[Entry]) -> bytes:
