@@ -157,17 +157,14 @@ class CopyUp(AttributesRoom):
             if source.st_ino != node.ino:
                 raise stale()
             amount = min(size, source.st_size)
+            if amount and not self.settings.volatile:
+                raise SlowCopyUp(node, size)  # the data has to reach the disk first
             prepared = self._prepare(node, source_fd, source)
             try:
-                copied = amount == 0 or (
-                    amount == source.st_size and _clone(source_fd, prepared.fd)
-                )
-                if not copied:
-                    if not self.settings.volatile or amount > LARGE:
+                if amount and (amount < source.st_size or not _clone(source_fd, prepared.fd)):
+                    if amount > LARGE:
                         raise SlowCopyUp(node, size)
                     copy_data(source_fd, prepared.fd, amount)
-                elif amount and not self.settings.volatile:
-                    raise SlowCopyUp(node, size)
                 self._install(node, prepared, source_fd)
             except BaseException:
                 self._discard(prepared)

@@ -98,6 +98,8 @@ class Filesystem(Xattrs):
         node = self._node(number)
         if change[:6] == (None,) * 6 and not change.kill_suid_sgid:
             return self._answer(node)  # ctime alone: upper keeps its own
+        if self._only_repeats(node, change):
+            return self._answer(node)
         self._writable()
         self._review(node)
         extra = node.extra
@@ -114,6 +116,17 @@ class Filesystem(Xattrs):
         if extra is not None and extra.handles:
             self._note_privileges(node, change)
         return self._answer(node)
+
+    def _only_repeats(self, node: Node, change: SetAttributes) -> bool:
+        """With write-back the kernel tells the times of a file whose name has just gone. Of one in
+        lower they are what they were, and nobody is left for whom it would be copied up."""
+        return (
+            node.layer != UPPER
+            and self._is_orphan(node)
+            and change[:5] == (None,) * 5
+            and not change.kill_suid_sgid
+            and change.mtime_ns == self._stat(node).st_mtime_ns
+        )
 
     def readlink(self, node: int) -> bytes:
         """The target of a symbolic link."""
