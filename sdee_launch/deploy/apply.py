@@ -228,9 +228,12 @@ class Apply:
             same = entries.same_object(old._replace(group=0), new._replace(group=0))
             if same and self._link(source_dir, source_name, dirfd, name):
                 return True
-            with _new_file(dirfd, name, new.mode) as target:
+            target = _new_file(dirfd, name, new.mode)
+            try:
                 _copy(source, target, status.st_size)
                 self._finish(target, new)
+            finally:
+                os.close(target)
             self.result.copied += 1
             return True
         finally:
@@ -265,11 +268,14 @@ class Apply:
             if member.size != entry.size:
                 continue  # an attempt while it was being written; another follows
             dirfd, name = self._places.parent(entry.path)
-            with _new_file(dirfd, name, entry.mode) as target:
+            target = _new_file(dirfd, name, entry.mode)
+            try:
                 if member.extract(target) != entry.digest:
                     os.ftruncate(target, 0)
                     continue
                 self._finish(target, entry)
+            finally:
+                os.close(target)
             self.result.extracted += 1
             entry = next(wanted, None)
         if entry is not None:
@@ -354,19 +360,14 @@ def _whole(status: os.stat_result, size: int, mtime_ns: int) -> bool:
     return stat.S_ISREG(status.st_mode) and (status.st_size, status.st_mtime_ns) == (size, mtime_ns)
 
 
-@contextlib.contextmanager
-def _new_file(dirfd: int, name: bytes, mode: int) -> Iterator[int]:
+def _new_file(dirfd: int, name: bytes, mode: int) -> int:
     """A file that is open for writing, of the permissions in `mode`; whatever was there goes."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
-        fd = os.open(name, flags, mode & 0o777, dir_fd=dirfd)
+        return os.open(name, flags, mode & 0o777, dir_fd=dirfd)
     except FileExistsError:
         os.unlink(name, dir_fd=dirfd)
-        fd = os.open(name, flags, mode & 0o777, dir_fd=dirfd)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+        return os.open(name, flags, mode & 0o777, dir_fd=dirfd)
 
 
 def _copy(source: int, target: int, size: int) -> None:

@@ -2,12 +2,15 @@
 
     CACHE/UID/IDENTITY/N/tree        the generation, only read
     CACHE/UID/IDENTITY/N/manifest
-    CACHE/UID/IDENTITY/N/users/KEY   somebody (a job) uses it
+    CACHE/UID/IDENTITY/N/users/KEY   somebody (a job) uses it, since the boot that stands in it
+    CACHE/UID/IDENTITY/N/boot-ID     it was made in that boot
+    CACHE/UID/IDENTITY/N/synced      and is on the disk
     CACHE/UID/IDENTITY/.N/           being made; gone on with after a crash
     CACHE/UID/IDENTITY/lock          flock(2)
 
 CACHE is root's and may be passed through by all; CACHE/UID is the user's alone, and everything in
-it is done inside the user's namespace. A generation is there whole or not at all.
+it is done inside the user's namespace. A generation is there whole or not at all: until it is on the
+disk it counts for the boot that made it, so that no job waits for the disk.
 """
 
 from __future__ import annotations
@@ -112,8 +115,8 @@ def ensure(
             done = _ensure(place, source, number, limit)
             users = os.path.join(place, str(number), "users")
             os.makedirs(users, exist_ok=True)
-            with open(os.path.join(users, key), "w"):
-                pass
+            with open(os.path.join(users, key), "w") as mark:
+                mark.write(_boot())
             os.utime(os.path.join(place, str(number)))
         tree = os.path.join(place, str(number), "tree")
         return asdict(Ensured(tree, *done, time.monotonic() - started))
@@ -122,18 +125,37 @@ def ensure(
 
 
 def release(account: Account, cache: str, key: str) -> None:
-    """`key` uses none of the user's generations any more. Twice is harmless."""
+    """`key` uses none of the user's generations any more. Twice is harmless.
+
+    What it used is written out to the disk, and so outlives a crash of the node.
+    """
     _check("0" * 16, 1, key)
     top = os.path.join(cache, str(account.uid))
 
     def work() -> None:
         for place in _identities(top):
             for number in _numbers(place):
+                path = os.path.join(place, str(number))
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(place, str(number), "users", key))
+                    os.unlink(os.path.join(path, "users", key))
+                    _settle(path)
 
     if os.path.isdir(top):
         run_inside(account, work)
+
+
+def users(account: Account, cache: str) -> list[str]:
+    """All that use a generation of a user's, each once."""
+    top = os.path.join(cache, str(account.uid))
+
+    def work() -> list[str]:
+        found: set[str] = set()
+        for place in _identities(top):
+            for number in _numbers(place):
+                found.update(_users(os.path.join(place, str(number))))
+        return sorted(found)
+
+    return list(run_inside(account, work)) if os.path.isdir(top) else []
 
 
 def listing(account: Account, cache: str) -> list[dict[str, Any]]:
@@ -295,14 +317,15 @@ def _ensure(place: str, source: str, number: int, limit: int) -> tuple[int, int,
     """(bytes read, base, linked, extracted)."""
     final = os.path.join(place, str(number))
     if os.path.isdir(final):
-        if _sound(final):
+        if _trusted(final) and _sound(final):
             return 0, number, 0, 0
         if _users(final):
             raise DeployProblem(
                 f"{final} is damaged and in use; try again when those jobs are gone"
             )
         _remove_generation(place, number)
-    bases = [n for n in reversed(_numbers(place)) if n != number][:1]
+    others = (n for n in reversed(_numbers(place)) if n != number)
+    bases = [n for n in others if _trusted(os.path.join(place, str(n)))][:1]
     try:
         return _make(place, source, number, bases[0] if bases else 0, limit)
     except (Damaged, FileNotFoundError):
@@ -312,10 +335,43 @@ def _ensure(place: str, source: str, number: int, limit: int) -> tuple[int, int,
 
 
 def _users(path: str) -> list[str]:
-    try:
-        return sorted(os.listdir(os.path.join(path, "users")))
-    except FileNotFoundError:
-        return []
+    """Who uses a generation. A mark of an earlier boot is nobody's: its job is gone with the node."""
+    boot = _boot()
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for name in sorted(os.listdir(os.path.join(path, "users"))):
+            with (
+                contextlib.suppress(FileNotFoundError),
+                open(os.path.join(path, "users", name)) as mark,
+            ):
+                if mark.read(100) in ("", boot):  # empty: an sdee that didn't write it
+                    found.append(name)
+    return found
+
+
+def _boot() -> str:
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+def _trusted(path: str) -> bool:
+    """Whether no crash can have taken from a generation what it had: it is on the disk, or was made
+    in this boot."""
+    return any(os.path.exists(os.path.join(path, n)) for n in ("synced", f"boot-{_boot()}"))
+
+
+def _settle(path: str) -> None:
+    """See that a generation is on the disk; if it can't be, it counts for this boot only."""
+    if os.path.exists(os.path.join(path, "synced")) or not _trusted(path):
+        return
+    with contextlib.suppress(OSError):
+        fd = os.open(path, DIRECTORY)
+        try:
+            syscalls.syncfs(fd)
+        finally:
+            os.close(fd)
+        with open(os.path.join(path, "synced"), "w"):
+            pass
 
 
 def _sound(path: str) -> bool:
@@ -329,10 +385,8 @@ def _sound(path: str) -> bool:
 def _staging(place: str, number: int) -> str:
     """Where a generation is made. What was left there before a power cut isn't gone on with: a
     file may have its size and time, and not its content."""
-    with open("/proc/sys/kernel/random/boot_id") as file:
-        boot = file.read().strip()
     staging = os.path.join(place, f".{number}")
-    marker = os.path.join(staging, f"boot-{boot}")
+    marker = os.path.join(staging, f"boot-{_boot()}")
     if os.path.isdir(staging) and not os.path.exists(marker):
         remove_tree(staging)
     os.makedirs(os.path.join(staging, "tree"), mode=0o700, exist_ok=True)
@@ -359,16 +413,12 @@ def _make(place: str, source: str, number: int, base: int, limit: int) -> tuple[
             limit=limit,
         )
         result = apply.run(lambda n: open_source(source, f"{n}.pack"))
-        syscalls.syncfs(root)
     finally:
         os.close(root)
         if base_fd is not None:
             os.close(base_fd)
     os.makedirs(os.path.join(staging, "users"), exist_ok=True)
     os.rename(staging, os.path.join(place, str(number)))
-    fd = os.open(place, DIRECTORY)
-    os.fsync(fd)
-    os.close(fd)
     return read + result.bytes_read, base, result.linked, result.extracted
 
 

@@ -15,6 +15,7 @@ from sdee_launch import config, environments
 from sdee_launch.accounts import Account, my_account
 from sdee_launch.config import Settings
 from sdee_launch.deploy import api, cache, places
+from sdee_launch.deploy.ended import release_ended
 from sdee_launch.deploy.errors import DeployProblem
 from sdee_launch.deploy.generations import State
 from sdee_launch.deploy.inside import run_inside
@@ -233,6 +234,7 @@ def _cache_list(options: argparse.Namespace) -> int:
 
 def _cache_prune(options: argparse.Namespace) -> int:
     account, where = _cache_place()
+    release_ended(account, where)
     removed = cache.prune(account, where, places.parse_size(options.limit))
     if options.json:
         print(json.dumps(removed))

@@ -214,7 +214,7 @@ class _Snapshot:
             done = first._replace(path=entry.path, inode=entry.inode)
         else:
             try:
-                done = self._unchanged(before, found) or self._pack(found, packer)
+                done = self._unchanged(before, entry, found) or self._pack(entry, found, packer)
             except FileNotFoundError:  # it vanished
                 self.changed = True
                 return
@@ -229,9 +229,8 @@ class _Snapshot:
         self.content += size
         self.packages[generation] = self.packages.get(generation, 0) + size
 
-    def _unchanged(self, before: Entry | None, found: Found) -> Entry | None:
+    def _unchanged(self, before: Entry | None, entry: Entry, found: Found) -> Entry | None:
         """The entry with the old content, if that is still what the file has."""
-        entry = found.entry
         if before is None or before.kind != "f":
             return None
         if (before.size, before.mtime_ns) != (entry.size, entry.mtime_ns):
@@ -248,7 +247,7 @@ class _Snapshot:
         finally:
             os.close(fd)
 
-    def _pack(self, found: Found, packer: package.Packer) -> Entry:
+    def _pack(self, entry: Entry, found: Found, packer: package.Packer) -> Entry:
         attempt = 0
         known: os.stat_result | None = found.status
         while True:
@@ -265,15 +264,9 @@ class _Snapshot:
                 continue
             # One that never holds still, as a log may, travels as far as it was at the last try.
             self.moving += not steady
-            return found.entry._replace(
-                size=status.st_size,
-                mtime_ns=status.st_mtime_ns,
-                xattrs=marks,
-                ctime_ns=_settled(status) if steady else 0,
-                inode=status.st_ino,
-                generation=self.number,
-                digest=digest,
-            )
+            kept = entry._replace(size=status.st_size, mtime_ns=status.st_mtime_ns, xattrs=marks)
+            changed = _settled(status) if steady else 0
+            return Entry._make((*kept[:10], self.number, digest, changed, status.st_ino))
 
 
 def _settled(status: os.stat_result) -> int:

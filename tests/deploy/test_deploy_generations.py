@@ -7,12 +7,13 @@ import shutil
 import signal
 import stat
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sdee_launch.deploy import api, cache, package
+from sdee_launch.deploy import api, cache, ended, package
 from sdee_launch.deploy.errors import DeployProblem
 from sdee_launch.deploy.generations import State
 from tests.deploy.deploy_lab import Lab, contents, fill
@@ -282,6 +283,71 @@ def test_verify_names_what_is_wrong(lab: Lab) -> None:
     assert wrong == ["etc/alias", "etc/deep/tool"]
     cache.remove(lab.account, lab.cache, submitted.identity, 1)
     assert lab.tree(lab.ensure(submitted).tree) == lab.tree()
+
+
+def _crash(lab: Lab, monkeypatch: pytest.MonkeyPatch, boot: str) -> None:
+    """From now on the node has been started anew."""
+    monkeypatch.setattr(cache, "_boot", lambda: boot)
+
+
+def test_after_a_crash_only_what_is_on_the_disk_counts(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.inside(lambda: fill(lab.upper))
+    submitted = lab.submit()
+    tree = lab.ensure(submitted).tree
+    lab.inside(lambda: os.truncate(f"{tree}/etc/deep/tool", 0))  # behind the sample's back
+    monkeypatch.setattr(cache, "SAMPLE", 1)
+    assert lab.ensure(submitted, "job-2").extracted == 0
+    _crash(lab, monkeypatch, "second")
+    made = lab.ensure(submitted, "job-3")  # job-1 and job-2 are gone with the boot
+    assert made.extracted > 0
+    assert lab.tree(made.tree) == lab.tree()
+    api.release(lab.account, lab.cache, "job-3")  # it is written out
+    _crash(lab, monkeypatch, "third")
+    assert lab.ensure(submitted, "job-4").bytes_read == 0
+
+
+def test_a_generation_that_a_crash_may_have_harmed_is_no_base(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lab.inside(lambda: fill(lab.upper))
+    lab.ensure(lab.submit())
+    lab.inside(lambda: os.chmod(f"{lab.upper}/etc/hosts", 0o600))
+    _crash(lab, monkeypatch, "second")
+    made = lab.ensure(lab.submit())
+    assert (made.base, made.linked) == (0, 0)
+    assert lab.tree(made.tree) == lab.tree()
+
+
+def test_marks_of_an_earlier_boot_keep_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    lab.inside(lambda: fill(lab.upper))
+    lab.ensure(lab.submit())
+    assert cache.prune(lab.account, lab.cache, 0) == []
+    _crash(lab, monkeypatch, "second")
+    assert cache.users(lab.account, lab.cache) == []
+    assert len(cache.prune(lab.account, lab.cache, 0)) == 1
+    assert cache.listing(lab.account, lab.cache) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "left"),
+    [("echo 12; echo 77", ["job-12", "perf"]), ("true", ["perf"]), ("exit 1", None)],
+)
+def test_jobs_that_slurm_doesn_t_know_keep_nothing(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, answer: str, left: list[str] | None
+) -> None:
+    lab.inside(lambda: fill(lab.upper))
+    submitted = lab.submit()
+    keys = ["job-11", "job-12", "perf"]
+    for key in keys:
+        lab.ensure(submitted, key)
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f"#!/bin/sh\n{answer}\n")
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    ended.release_ended(lab.account, lab.cache)
+    assert cache.users(lab.account, lab.cache) == (left or keys)
 
 
 def test_prune_keeps_what_is_used(lab: Lab) -> None:
