@@ -122,17 +122,37 @@ class Apply:
             self.result.entries += 1
             if self.result.entries > MAX_ENTRIES:
                 raise Damaged("a manifest has more entries than an upper can have")
+            waiting = self._waiting(line)
+            if waiting is not None:
+                content += waiting[0]
+                needed.add(waiting[1])
+                self._bounded(content)
+                continue
             size = self._linked(old, line)
             new = line.entry() if size is None else None
             content += (size or 0) if new is None else new.size
-            if self.limit and content > self.limit:
-                raise DeployProblem(
-                    f"the environment is larger than a node keeps ({self.limit // 10**6} MB,"
-                    " [deploy] cache_limit); sdee deploy plan shows what is large in it"
-                )
+            self._bounded(content)
             if new is not None and new.path and not self._make(old, new):
                 needed.add(new.generation)
         return needed
+
+    def _bounded(self, content: int) -> None:
+        if self.limit and content > self.limit:
+            raise DeployProblem(
+                f"the environment is larger than a node keeps ({self.limit // 10**6} MB,"
+                " [deploy] cache_limit); sdee deploy plan shows what is large in it"
+            )
+
+    def _waiting(self, line: Line) -> tuple[int, int] | None:
+        """(size, generation) of a file of one name that only its package can bring: nothing is done
+        for it now, and what its line says is checked when the package is read."""
+        if not self._fresh or self._sources is not None:
+            return None
+        try:
+            _, kind, _, _, _, _, size, _, _, group, generation, *_ = line.text.split(b"\t")
+            return (int(size), int(generation)) if kind == b"f" and group == b"0" else None
+        except ValueError:
+            return None  # told by whoever reads it all
 
     def _linked(self, old: Line | None, line: Line) -> int | None:
         """The size of a file that is as base has it and has been linked; else None."""

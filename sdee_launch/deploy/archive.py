@@ -62,6 +62,8 @@ def _record(key: bytes, value: bytes) -> bytes:
 
 def header(path: bytes, size: int, records: Mapping[bytes, bytes] | None = None) -> bytes:
     """What stands before a file's data: one block, and records where one block isn't enough."""
+    if len(path) <= 100 and path.isascii() and not records and size <= _MAX_OCTAL:
+        return _block(path, size, _REGULAR)
     wanted = dict(records or {})
     if len(path) > 100 or not path.isascii():
         try:
@@ -72,8 +74,6 @@ def header(path: bytes, size: int, records: Mapping[bytes, bytes] | None = None)
     if size > _MAX_OCTAL:
         wanted[b"size"] = b"%d" % size
     plain = _block(path[:100], min(size, _MAX_OCTAL), _REGULAR)
-    if not wanted:
-        return plain
     text = b"".join(_record(key, value) for key, value in wanted.items())
     return _block(b"pax", len(text), _RECORDS) + text + padding(len(text)) + plain
 
@@ -104,11 +104,11 @@ class Reader:
         while True:
             self._skip()
             block = self._exactly(BLOCK)
-            if not block.strip(b"\0"):
-                return
             kind = block[156:157]
             name = block[:100].partition(b"\0")[0]
             if block[257:262] != b"ustar":
+                if not block.strip(b"\0"):
+                    return
                 raise Damaged("a package is no archive, or not whole")
             if kind == _RECORDS:
                 size = _size(block[124:136])
@@ -132,6 +132,11 @@ class Reader:
         self._left -= len(data)
         return data
 
+    def exactly(self, size: int) -> bytes:
+        """The last member's data, of which there are so many bytes. Raises Damaged."""
+        self._left -= size
+        return self._exactly(size)
+
     def _skip(self) -> None:
         """To the next member, whatever wasn't taken of the last."""
         while self._left:
@@ -154,6 +159,11 @@ class Reader:
         return data
 
     def _exactly(self, size: int) -> bytes:
+        end = self._at + size
+        if end <= len(self._buffer):
+            data = self._buffer[self._at : end]
+            self._at = end
+            return data
         data = self._some(size) if size else b""
         while len(data) < size:
             data += self._some(size - len(data))
@@ -168,7 +178,7 @@ def _number(text: bytes) -> int:
 
 def _size(field: bytes) -> int:
     try:
-        size = int(field.strip(b"\0 ") or b"0", 8)
+        size = int(field.rstrip(b"\0 ") or b"0", 8)
     except ValueError:
         size = -1
     if size < 0:

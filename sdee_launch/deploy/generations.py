@@ -208,18 +208,17 @@ class _Snapshot:
     def _file(
         self, before: Entry | None, found: Found, writer: entries.Writer, packer: package.Packer
     ) -> None:
-        entry = found.entry
-        if entry.group in self.linked:  # another name of what is in already
-            first = self.linked[entry.group]
-            done = first._replace(path=entry.path, inode=entry.inode)
+        group = found.group
+        if group in self.linked:  # another name of what is in already
+            done = self.linked[group]._replace(path=found.path, inode=found.status.st_ino)
         else:
             try:
-                done = self._unchanged(before, entry, found) or self._pack(entry, found, packer)
+                done = self._unchanged(before, found) or self._pack(found, packer)
             except FileNotFoundError:  # it vanished
                 self.changed = True
                 return
-            if entry.group:
-                self.linked[entry.group] = done
+            if group:
+                self.linked[group] = done
             self._count(done.generation, done.size)
         self.changed |= before is None or not entries.same_object(before, done)
         self.refreshed |= before is not None and before[12:] != done[12:]  # ctime, inode
@@ -229,10 +228,11 @@ class _Snapshot:
         self.content += size
         self.packages[generation] = self.packages.get(generation, 0) + size
 
-    def _unchanged(self, before: Entry | None, entry: Entry, found: Found) -> Entry | None:
+    def _unchanged(self, before: Entry | None, found: Found) -> Entry | None:
         """The entry with the old content, if that is still what the file has."""
         if before is None or before.kind != "f":
             return None
+        entry = found.entry
         if (before.size, before.mtime_ns) != (entry.size, entry.mtime_ns):
             return None
         same = (before.ctime_ns, before.inode) == (entry.ctime_ns, entry.inode)
@@ -247,7 +247,7 @@ class _Snapshot:
         finally:
             os.close(fd)
 
-    def _pack(self, entry: Entry, found: Found, packer: package.Packer) -> Entry:
+    def _pack(self, found: Found, packer: package.Packer) -> Entry:
         attempt = 0
         known: os.stat_result | None = found.status
         while True:
@@ -264,9 +264,12 @@ class _Snapshot:
                 continue
             # One that never holds still, as a log may, travels as far as it was at the last try.
             self.moving += not steady
-            kept = entry._replace(size=status.st_size, mtime_ns=status.st_mtime_ns, xattrs=marks)
-            changed = _settled(status) if steady else 0
-            return Entry._make((*kept[:10], self.number, digest, changed, status.st_ino))
+            was = found.status
+            return Entry(
+                found.path, "f", stat.S_IMODE(was.st_mode), was.st_uid, was.st_gid,
+                status.st_mtime_ns, status.st_size, b"", marks, found.group, self.number, digest,
+                _settled(status) if steady else 0, status.st_ino,
+            )  # fmt: skip
 
 
 def _settled(status: os.stat_result) -> int:

@@ -78,22 +78,42 @@ def digest_of(fd: int) -> str:
     return digest.hexdigest()
 
 
-def raw_frame(data: bytes) -> bytes:
-    """A frame of zstd that has the bytes as they are."""
-    parts = [_RAW_FRAME]
+def raw_frame(data: bytes) -> list[bytes | memoryview]:
+    """A frame of zstd that has the bytes as they are, in parts."""
+    view = memoryview(data)
+    parts: list[bytes | memoryview] = [_RAW_FRAME]
     for offset in range(0, len(data), _RAW_BLOCK):
-        part = data[offset : offset + _RAW_BLOCK]
+        part = view[offset : offset + _RAW_BLOCK]
         last = offset + _RAW_BLOCK >= len(data)
         parts += ((len(part) << 3 | last).to_bytes(3, "little"), part)
-    return b"".join(parts)
+    return parts
+
+
+def _write(fd: int, parts: list[bytes | memoryview]) -> None:
+    """Write all of it. Raises OSError."""
+    left = sum(map(len, parts)) - os.writev(fd, parts)
+    if left:  # cut short: by a signal, or because there is no more room, which the next call tells
+        rest = memoryview(b"".join(parts))[-left:]
+        while rest:
+            rest = rest[os.write(fd, rest) :]
+
+
+def _write_at(fd: int, data: bytes, offset: int) -> None:
+    """The same at an offset. Raises OSError."""
+    written = os.pwrite(fd, data, offset)
+    while written < len(data):
+        written += os.pwrite(fd, data[written:], offset + written)
+
+
+_Make = Callable[[bytes], list[bytes | memoryview]]
 
 
 class _Frames:
     """Writes an archive into a file, frame by frame. Threads are started when there is work for
     them; each compresses a frame, and writes it when those before it are written."""
 
-    def __init__(self, file: IO[bytes], level: int) -> None:
-        self._file, self._level = file, level
+    def __init__(self, fd: int, level: int) -> None:
+        self._fd, self._level = fd, level
         self._parts: list[bytes] = []
         self._size = 0
         self._threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
@@ -101,12 +121,12 @@ class _Frames:
         self._running: deque[Future[None]] = deque()
         self._idle: list[zstandard.ZstdCompressor] = []
 
-    def write(self, *parts: bytes) -> None:
-        """Append small parts. Raises OSError, of an earlier frame too."""
-        self._parts += parts
-        self._size += sum(map(len, parts))
+    def write(self, data: bytes) -> None:
+        """Append a small part. Raises OSError, of an earlier frame too."""
+        self._parts.append(data)
+        self._size += len(data)
         if self._size >= FRAME:
-            self._start(self._compress, self._cut())
+            self._start(self._frame, self._cut())
 
     def block(self, data: bytes) -> None:
         """Append a large part, as it is if a sample of it doesn't compress. Raises OSError."""
@@ -116,14 +136,14 @@ class _Frames:
             self.write(data)
             return
         if self._parts:
-            self._start(self._compress, self._cut())
+            self._start(self._frame, self._cut())
         self._start(raw_frame, data)
 
     def close(self) -> None:
         """Write what is left. Raises OSError."""
         self._wait(0)
         if self._parts:
-            self._file.write(self._compress(self._cut()))
+            _write(self._fd, [self._compress(self._cut())])
 
     def stop(self) -> None:
         """End the threads, whatever is left to do."""
@@ -145,20 +165,21 @@ class _Frames:
         self._idle.append(compressor)
         return frame
 
-    def _start(self, make: Callable[[bytes], bytes], data: bytes) -> None:
+    def _frame(self, data: bytes) -> list[bytes | memoryview]:
+        return [self._compress(data)]
+
+    def _start(self, make: _Make, data: bytes) -> None:
         if self._pool is None:
             self._pool = ThreadPoolExecutor(self._threads)
         before = self._running[-1] if self._running else None
         self._running.append(self._pool.submit(self._run, make, data, before))
         self._wait(self._threads + 1)
 
-    def _run(
-        self, make: Callable[[bytes], bytes], data: bytes, before: Future[None] | None
-    ) -> None:
+    def _run(self, make: _Make, data: bytes, before: Future[None] | None) -> None:
         frame = make(data)
         if before is not None:
             before.result()  # it was started earlier, and so ends without us
-        self._file.write(frame)
+        _write(self._fd, frame)
 
     def _wait(self, most: int) -> None:
         """Until no more than `most` frames are under way."""
@@ -172,7 +193,8 @@ class Packer:
     def __init__(self, file: IO[bytes], level: int = 3) -> None:
         self.files = 0
         self.content = 0
-        self._frames = _Frames(file, level)
+        file.flush()  # from here on its descriptor is written to
+        self._frames = _Frames(file.fileno(), level)
 
     def __enter__(self) -> Packer:
         return self
@@ -180,7 +202,7 @@ class Packer:
     def __exit__(self, kind: object, *_: object) -> None:
         try:
             if kind is None:
-                self._frames.write(archive.header(SUMS, 0), archive.end())
+                self._frames.write(archive.header(SUMS, 0) + archive.end())
                 self._frames.close()
         finally:
             self._frames.stop()
@@ -192,10 +214,32 @@ class Packer:
         package now, and whether the file held still meanwhile. `status` is what was known of it."""
         before = status or os.fstat(fd)
         size = before.st_size
-        parts = [(0, size)] if size else []
+        if 0 < size <= SMALL and before.st_blocks * 512 >= size:
+            digest = self._small(path, fd, size)
+            self.content += size
+        else:
+            digest = self._large(path, fd, size)
+        self.files += 1
+        after = os.fstat(fd)
+        steady = (
+            after.st_size == size
+            and after.st_mtime_ns == before.st_mtime_ns
+            and after.st_ino == before.st_ino
+        )
+        return before, digest, steady
+
+    def _small(self, path: bytes, fd: int, size: int) -> str:
+        """Append a file that one read gives; its digest."""
+        data = os.pread(fd, size, 0)
+        if len(data) < size:  # it got shorter: the archive must stay whole, the caller tries again
+            data += bytes(size - len(data))
+        self._frames.write(archive.header(path, size) + data + archive.padding(size))
+        return hashlib.sha256(data).hexdigest()
+
+    def _large(self, path: bytes, fd: int, size: int) -> str:
+        """Append the pieces of a file; the digest of the whole with its holes."""
+        parts = pieces(fd, size)
         records = {}
-        if size > SMALL or before.st_blocks * 512 < size:
-            parts = pieces(fd, size)
         if size and parts != [(0, size)]:
             text = ",".join(f"{offset}:{length}" for offset, length in parts)
             records = {b"SDEE.map": text.encode(), b"SDEE.size": b"%d" % size}
@@ -203,15 +247,8 @@ class Packer:
         self._frames.write(archive.header(path, sent, records))
         digest = self._content(fd, parts, size)
         self._frames.write(archive.padding(sent))
-        after = os.fstat(fd)
-        steady = (after.st_size, after.st_mtime_ns, after.st_ino) == (
-            size,
-            before.st_mtime_ns,
-            before.st_ino,
-        )
-        self.files += 1
         self.content += sent
-        return before, digest, steady
+        return digest
 
     def _content(self, fd: int, parts: list[tuple[int, int]], size: int) -> str:
         """Append the pieces; the digest of the whole file with its holes."""
@@ -304,6 +341,10 @@ class Member:
 
     def extract(self, fd: int) -> str:
         """Write the content into an empty file; returns its digest. Raises Damaged, OSError."""
+        if not self._records and 0 < self._sent < LARGE:
+            data = self._reader.exactly(self._sent)
+            _write_at(fd, data, 0)
+            return hashlib.sha256(data).hexdigest()
         digest = hashlib.sha256()
         at = 0
         for offset, length in self.pieces():
@@ -316,9 +357,7 @@ class Member:
                 if not data:
                     raise Damaged(f"a package is cut off in {self.path[:80]!r}")
                 self._hashing.update(digest, data)
-                written = os.pwrite(fd, data, at)
-                while written < len(data):
-                    written += os.pwrite(fd, data[written:], at + written)
+                _write_at(fd, data, at)
                 at += len(data)
         self._hashing.wait()
         if at < self.size:  # a hole

@@ -188,14 +188,14 @@ def test_a_file_that_never_holds_still_doesn_t_stop_the_rest(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lab.inside(lambda: fill(lab.upper))
-    content = package.Packer._content
+    small = package.Packer._small
 
-    def written_to(self: package.Packer, *arguments: object) -> str:
+    def written_to(self: package.Packer, path: bytes, fd: int, size: int) -> str:
         with open(f"{lab.upper}/etc/hosts", "a") as file:
             file.write("another line\n")
-        return content(self, *arguments)  # type: ignore[arg-type]
+        return small(self, path, fd, size)
 
-    monkeypatch.setattr(package.Packer, "_content", written_to)
+    monkeypatch.setattr(package.Packer, "_small", written_to)
     submitted = lab.submit()
     assert submitted.generation.moving == 1
     monkeypatch.undo()

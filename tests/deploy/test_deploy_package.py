@@ -75,7 +75,9 @@ def test_no_archive_is_worse_than_damaged(noise: bytes, at: int) -> None:
 @pytest.mark.parametrize("size", [1, 1 << 17, (1 << 17) + 1, 1 << 20])
 def test_a_raw_frame_is_a_frame_of_zstd(size: int) -> None:
     data = random.Random(size).randbytes(size)
-    reader = zstandard.ZstdDecompressor().stream_reader(io.BytesIO(package.raw_frame(data)))
+    reader = zstandard.ZstdDecompressor().stream_reader(
+        io.BytesIO(b"".join(package.raw_frame(data)))
+    )
     assert reader.read() == data
 
 
