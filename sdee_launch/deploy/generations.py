@@ -167,7 +167,7 @@ class _Snapshot:
         self.content = 0
         self.moving = 0
         self.packages: dict[int, int] = {}
-        self.linked: dict[int, Entry] = {}
+        self.linked: dict[int, bytes] = {}  # the line of a group's first name
 
     def write(self, old: Iterable[Line], writer: entries.Writer, packer: package.Packer) -> None:
         """Walk, and write what is found."""
@@ -176,6 +176,7 @@ class _Snapshot:
             if found is None:
                 self.changed = True
                 continue
+            found.group = self.walk.group(found.status) if found.kind == "f" else 0
             if found.kind != "f":
                 line = entries.encode(found.entry)
                 self.changed |= before is None or before.text != line[:-1]
@@ -210,7 +211,7 @@ class _Snapshot:
     ) -> None:
         group = found.group
         if group in self.linked:  # another name of what is in already
-            done = self.linked[group]._replace(path=found.path, inode=found.status.st_ino)
+            done = entries.decode(self.linked[group])._replace(path=found.path)
         else:
             try:
                 done = self._unchanged(before, found) or self._pack(found, packer)
@@ -218,7 +219,7 @@ class _Snapshot:
                 self.changed = True
                 return
             if group:
-                self.linked[group] = done
+                self.linked[group] = entries.encode(done)[:-1]
             self._count(done.generation, done.size)
         self.changed |= before is None or not entries.same_object(before, done)
         self.refreshed |= before is not None and before[12:] != done[12:]  # ctime, inode

@@ -32,7 +32,8 @@ def _lay(layer: int, target: int) -> None:
     first: dict[int, bytes] = {}
     others = Places(target)
     try:
-        for found in Walk(layer, lambda _: False):
+        walk = Walk(layer, lambda _: False)
+        for found in walk:
             entry = found.entry
             if not entry.path:
                 _directory(target, found)
@@ -49,12 +50,13 @@ def _lay(layer: int, target: int) -> None:
                 continue
             _remove(places, entry.path, dirfd, name)
             dirfd, name = places.parent(entry.path)
-            if entry.group and entry.group in first:
-                source_dir, source = others.parent(first[entry.group])
+            group = walk.group(found.status) if entry.kind == "f" else 0
+            if group in first:
+                source_dir, source = others.parent(first[group])
                 os.link(source, name, src_dir_fd=source_dir, dst_dir_fd=dirfd)
                 continue
-            if entry.group:
-                first[entry.group] = entry.path
+            if group:
+                first[group] = entry.path
             # Uppers are only read from here on: another name is as good as a copy.
             try:
                 os.link(

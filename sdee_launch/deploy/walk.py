@@ -39,7 +39,8 @@ LOCAL_XATTRS = (
 class Found:
     """An object of the walk, and where it can be opened while the walk stands at it.
 
-    `marks` are a directory's extended attributes; those of a file are read by whoever opens it.
+    `marks` are a directory's extended attributes; those of a file are read by whoever opens it. Its
+    group is given by whoever needs it: `Walk.group` remembers every file it is asked of.
     """
 
     path: bytes
@@ -99,11 +100,6 @@ class Walk:
                         self.skipped += 1
                         continue
                     found = Found(below, kind, status, fd, name)
-                    if kind == "f":
-                        if status.st_nlink > 1:
-                            found.group = self._group(status)
-                        yield found
-                        continue
                     if kind == "l":
                         found.target = os.readlink(name, dir_fd=fd)
                     if kind == "d":
@@ -145,8 +141,10 @@ class Walk:
         # A whiteout; any other device is the node's own matter.
         return "" if kind == "c" and status.st_rdev else kind
 
-    def _group(self, status: os.stat_result) -> int:
-        """The number of a file that has several names."""
+    def group(self, status: os.stat_result) -> int:
+        """As in `Entry`: the number of a file that has several names, here or elsewhere."""
+        if status.st_nlink == 1:
+            return 0
         return self._links.setdefault((status.st_dev, status.st_ino), len(self._links) + 1)
 
 
