@@ -4,67 +4,65 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
+from perf.figures import OPERATIONS, SECONDS, Missing
+from perf.places import Place
 from perf.programs import compiled
-from perf.runner import OPERATIONS, SECONDS, Block, Missing
-from perf.sandboxes import Sandbox, sandboxes
+from perf.runner import Block
+from perf.sandboxes import Sandbox
+from perf.sessions import Sessions
 
 KERNELS = ("ep", "is", "cg", "mg")
 
 
-def output(sandbox: Sandbox, *words: str) -> str:
-    """What a command prints inside. Raises Missing with the reason where it doesn't run."""
-    try:
-        done = subprocess.run(
-            sandbox.command(*words),
-            check=True,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            stdin=subprocess.DEVNULL,
-        )
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        said = str(error.stderr or "").strip().splitlines()
-        raise Missing(f"doesn't run here: {said[-1] if said else error}") from None
-    return done.stdout
+def _sysbench_line(threads: int) -> str:
+    return f"sysbench cpu, {threads} thread{'s' * (threads > 1)}"
 
 
-def _sysbench(sandbox: Sandbox, seconds: int) -> dict[str, float]:
-    figures = {}
-    for threads in (1, os.cpu_count() or 1):
-        words = ("sysbench", "cpu", f"--time={seconds}", f"--threads={threads}", "run")
-        match = re.search(r"events per second:\s*([\d.]+)", output(sandbox, *words))
-        assert match
-        figures[f"sysbench cpu, {threads} thread{'s' * (threads > 1)}"] = float(match[1])
-    return figures
+def _sysbench(sessions: Sessions, sandbox: Sandbox, threads: int, events: int) -> dict[str, float]:
+    # Alone it stays on one CPU, the last: interrupts prefer the first.
+    pin = ("taskset", "--cpu-list", str(max(os.sched_getaffinity(0)))) if threads == 1 else ()
+    words = ("sysbench", "cpu", "--time=0", f"--events={events * threads}", f"--threads={threads}")
+    said = sessions.ask(sandbox, *pin, *words, "run")
+    match = re.search(r"events per second:\s*([\d.]+)", said)
+    if not match:
+        raise Missing("doesn't run here: sysbench tells no events per second")
+    return {_sysbench_line(threads): float(match[1])}
 
 
-def _kernels(sandbox: Sandbox, place: Path, repeats: int) -> dict[str, float]:
-    program, parallel = compiled("kernels", place), compiled("kernels", place, mpi=True)
-    cpus = str(os.cpu_count() or 1)
-    figures = {}
+def _serial(
+    sessions: Sessions, sandbox: Sandbox, place: Place, kernel: str, repeats: int
+) -> dict[str, float]:
+    program = compiled("kernels", place.programs)
+    said = sessions.ask(sandbox, str(program), kernel, str(repeats))
+    return {f"{kernel}, serial": float(said)}
+
+
+def _parallel(sessions: Sessions, sandbox: Sandbox, place: Place, repeats: int) -> dict[str, float]:
+    """All kernels in one start of mpirun, which takes longer than they do."""
+    program = compiled("kernels", place.programs, mpi=True)
+    words = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", str(os.cpu_count() or 1))
+    said = sessions.ask(sandbox, *words, str(program), *KERNELS, str(repeats)).split()
+    return {f"{k}, mpirun": float(text) for k, text in zip(KERNELS, said, strict=True)}
+
+
+def blocks(quick: bool, found: Sequence[Sandbox], place: Place, sessions: Sessions) -> list[Block]:
+    """All blocks of the suite; the programs are compiled into `place`."""
+    events, repeats = (50, 2) if quick else (100, 4)
+    todo = []
+    for threads in dict.fromkeys((1, os.cpu_count() or 1)):
+        lines = {_sysbench_line(threads): OPERATIONS}
+        for sandbox in found:
+            run = partial(_sysbench, sessions, sandbox, threads, events)
+            todo.append(Block(sandbox.name, lines, run))
     for kernel in KERNELS:
-        figures[f"{kernel}, serial"] = float(output(sandbox, str(program), kernel, str(repeats)))
-        words = ("mpirun", "--allow-run-as-root", "--oversubscribe", "-n", cpus, str(parallel))
-        figures[f"{kernel}, mpirun"] = float(output(sandbox, *words, kernel, str(repeats)))
-    return figures
-
-
-def blocks(quick: bool, user: str | None, place: Path) -> list[Block]:
-    """All blocks of the suite; programs are compiled into `place`."""
-    seconds, repeats = (1, 5) if quick else (5, 30)
-    cpus = os.cpu_count() or 1
-    names = dict.fromkeys(
-        (f"sysbench cpu, {n} thread{'s' * (n > 1)}" for n in (1, cpus)), OPERATIONS
-    )
-    kernels = dict.fromkeys(
-        (f"{k}, {how}" for k in KERNELS for how in ("serial", "mpirun")), SECONDS
-    )
-    found = []
-    for sandbox in sandboxes(user):
-        found.append(Block(sandbox.name, names, partial(_sysbench, sandbox, seconds)))
-        found.append(Block(sandbox.name, kernels, partial(_kernels, sandbox, place, repeats)))
-    return found
+        for sandbox in found:
+            run = partial(_serial, sessions, sandbox, place, kernel, repeats)
+            todo.append(Block(sandbox.name, {f"{kernel}, serial": SECONDS}, run))
+    lines = {f"{kernel}, mpirun": SECONDS for kernel in KERNELS}
+    for sandbox in found:
+        run = partial(_parallel, sessions, sandbox, place, repeats)
+        todo.append(Block(sandbox.name, lines, run))
+    return todo

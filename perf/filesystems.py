@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mount_helpers.mountinfo import mount_at
-from perf.runner import Missing
+from perf import machine
+from perf.failures import failure
+from perf.figures import Missing
+from perf.sandboxes import installed
+
+#: Seconds that a mount rests before it is measured: servers go on starting after mount returns.
+SETTLE = 0.5
 
 
 @dataclass(frozen=True)
@@ -35,21 +42,23 @@ class Contender:
     name: str
     command: tuple[str, ...]
     needs: str = ""
+    extra: bool = False  #: a variant that a quick run leaves out
+
+    @property
+    def served(self) -> bool:
+        """Whether a process serves it."""
+        return bool(self.command) and self.command[0] != "mount"
 
 
 _OPTIONS = "lowerdir={lower},upperdir={upper},workdir={work}"
 
 
-def _sdeefs(name: str, transport: str, *options: str) -> Contender:
-    words = ["sdeefs", "mount", "{upper}", "{lower}", "{merged}", "--workdir", "{work}"]
+def _sdeefs(name: str, transport: str, *options: str, extra: bool = False) -> Contender:
+    words = [installed("sdeefs"), "mount", "{upper}", "{lower}", "{merged}", "--workdir", "{work}"]
     words += ["--transport", transport]
     if options:
         words += ["-o", ",".join(options)]
-    return Contender(name, tuple(words))
-
-
-def _cargo() -> str:
-    return os.environ.get("FUSE_OVERLAYFS_2", str(Path.home() / ".cargo/bin/fuse-overlayfs"))
+    return Contender(name, tuple(words), extra=extra)
 
 
 def contenders() -> list[Contender]:
@@ -58,22 +67,33 @@ def contenders() -> list[Contender]:
         Contender("plain", ()),
         Contender("overlayfs", ("mount", "-t", "overlay", "overlay", "-o", _OPTIONS, "{merged}")),
         _sdeefs("sdeefs ring", "ring"),
-        _sdeefs("sdeefs ring write-back", "ring", "passthrough=off"),
+        _sdeefs("sdeefs ring write-back", "ring", "passthrough=off", extra=True),
         _sdeefs("sdeefs device", "device"),
-        _sdeefs("sdeefs device write-back", "device", "passthrough=off"),
-        _sdeefs("sdeefs pyfuse3", "pyfuse3"),
+        _sdeefs("sdeefs device write-back", "device", "passthrough=off", extra=True),
+        _sdeefs("sdeefs pyfuse3", "pyfuse3", extra=True),
         Contender(
             "fuse-overlayfs 1.10", ("/usr/bin/fuse-overlayfs", "-o", _OPTIONS, "{merged}"), "1.10"
         ),
-        Contender("fuse-overlayfs 2.0", (_cargo(), "-o", _OPTIONS, "{merged}"), "2.0"),
+        Contender(
+            "fuse-overlayfs 2.0",
+            (machine.second_fuse_overlayfs(), "-o", _OPTIONS, "{merged}"),
+            "2.0",
+        ),
         Contender(
             "fuse-overlayfs 2.0 write-back",
-            (_cargo(), "-o", _OPTIONS + ",writeback=1,passthrough=0", "{merged}"),
+            (
+                machine.second_fuse_overlayfs(),
+                "-o",
+                _OPTIONS + ",writeback=1,passthrough=0",
+                "{merged}",
+            ),
             "2.0",
+            extra=True,
         ),
         Contender(
             "unionfs-fuse",
             ("unionfs", "-o", "cow,allow_other", "{upper}=RW:{lower}=RO", "{merged}"),
+            extra=True,
         ),
     ]
 
@@ -99,41 +119,54 @@ def _unmount(merged: Path) -> None:
         time.sleep(0.01 if attempt < 20 else 0.1)
 
 
+def _mount(contender: Contender, layers: Layers) -> None:
+    """Mount it and let it settle. Raises Missing with what it said where it fails."""
+    command = _filled(contender.command, layers)
+    try:
+        # Not piped: a server keeps its output open for as long as it lives.
+        with tempfile.TemporaryFile() as said:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=said, stderr=said, timeout=60, check=False
+            )
+            said.seek(0)
+            if done.returncode:
+                raise subprocess.CalledProcessError(done.returncode, command, stderr=said.read())
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
+        raise failure(error) from None
+    time.sleep(SETTLE)
+
+
 @contextmanager
-def mounted(contender: Contender, lower: Path, scratch: Path) -> Iterator[Layers]:
+def mounted(
+    contender: Contender, lower: Path, scratch: Path, name: str = "layers"
+) -> Iterator[Layers]:
     """The contender over `lower` with an empty upper in `scratch`; for the plain one a copy.
 
-    Raises Missing, or subprocess.CalledProcessError where the mount fails.
+    Raises Missing where it isn't there or the mount fails.
     """
     check(contender)
-    place = scratch / "layers"
+    place = scratch / name
     shutil.rmtree(place, ignore_errors=True)
     layers = Layers(lower, place / "upper", place / "work", place / "merged")
     place.mkdir()
-    if not contender.command:
-        subprocess.run(["cp", "-a", str(lower), str(layers.merged)], check=True)
-        yield layers
-        shutil.rmtree(place, ignore_errors=True)
-        return
-    for directory in (layers.upper, layers.work, layers.merged):
-        directory.mkdir()
-    subprocess.run(_filled(contender.command, layers), check=True, capture_output=True, timeout=60)
     try:
+        if contender.command:
+            for directory in (layers.upper, layers.work, layers.merged):
+                directory.mkdir()
+            _mount(contender, layers)
+        else:
+            subprocess.run(["cp", "-a", str(lower), str(layers.merged)], check=True)
         yield layers
     finally:
         _unmount(layers.merged)
         shutil.rmtree(place, ignore_errors=True)
 
 
-@contextmanager
-def remounted(contender: Contender, layers: Layers) -> Iterator[None]:
-    """The same layers mounted anew, so that nothing of merged is cached."""
+def remount(contender: Contender, layers: Layers) -> None:
+    """Mount the same layers anew, so that nothing of merged is cached."""
     if contender.command:
         _unmount(layers.merged)
-        subprocess.run(
-            _filled(contender.command, layers), check=True, capture_output=True, timeout=60
-        )
-    yield
+        _mount(contender, layers)
 
 
 def _filled(command: Sequence[str], layers: Layers) -> list[str]:

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 
-def version_of(*command: str) -> str:
-    """The first line that a command prints about its version; "missing" where it isn't there."""
+def version_of(*command: str, naming: str = "") -> str:
+    """The first line with `naming` that a command prints; "missing" where it isn't installed."""
     if not shutil.which(command[0]):
         return "missing"
     try:
@@ -20,13 +20,18 @@ def version_of(*command: str) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         return f"doesn't tell ({error})"
     lines = (done.stdout + done.stderr).strip().splitlines()
-    return lines[0] if lines else "unknown"
+    return next((line for line in lines if naming in line), "unknown")
 
 
 def cpu_model() -> str:
     """The processor's name as /proc/cpuinfo has it."""
     match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     return match[1] if match else platform.machine()
+
+
+def second_fuse_overlayfs() -> str:
+    """Where cargo puts it, or where FUSE_OVERLAYFS_2 says that it is."""
+    return os.environ.get("FUSE_OVERLAYFS_2", str(Path.home() / ".cargo/bin/fuse-overlayfs"))
 
 
 def facts() -> dict[str, str]:
@@ -41,5 +46,9 @@ def facts() -> dict[str, str]:
         "podman": version_of("podman", "--version"),
         "crun": version_of("crun", "--version"),
         "docker": version_of("docker", "--version"),
-        "unionfs-fuse": version_of("unionfs", "--version"),
+        "fuse-overlayfs 1.10": version_of("/usr/bin/fuse-overlayfs", "--version"),
+        "fuse-overlayfs 2.0": version_of(second_fuse_overlayfs(), "--version"),
+        "sysbench": version_of("sysbench", "--version"),
+        "mpirun": version_of("mpirun", "--version"),
+        "unionfs-fuse": version_of("unionfs", "--version", naming="unionfs"),
     }

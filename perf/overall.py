@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
-import subprocess
+import re
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
+from perf.figures import Unit
+from perf.places import Place
 from perf.programs import compiled
-from perf.runner import Block, Missing, Unit
-from perf.sandboxes import Sandbox, sandboxes
+from perf.runner import Block
+from perf.sandboxes import Sandbox
+from perf.sessions import Sessions
 
-PER_SECOND = Unit("1/s", higher_is_better=True)
+PER_SECOND, KIB_PER_SECOND = Unit("1/s", True), Unit("KiB/s", True)
 #: Line of the report -> the driver's word for it.
 LINES = {
     "integers and strings (as Dhrystone)": "integers",
@@ -27,46 +30,31 @@ LINES = {
 }
 
 
-def _copies(sandbox: Sandbox, place: Path, seconds: float, copies: int) -> dict[str, float]:
-    """Each line with so many copies at once: the sum of what they reach."""
-    program = compiled("unixlike", place)
-    figures = {}
-    for line, word in LINES.items():
-        running = []
-        for number in range(copies):
-            file = f"/var/tmp/unixlike-{os.getpid()}-{number}"
-            words = [str(program), word, str(seconds), *([file] if "copy" in word else [])]
-            running.append(
-                subprocess.Popen(
-                    sandbox.command(*words),
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-            )
-        total = 0.0
-        for process in running:
-            out, said = process.communicate(timeout=300)
-            if process.returncode:
-                lines = said.strip().splitlines()
-                raise Missing(f"doesn't run here: {lines[-1] if lines else process.returncode}")
-            total += float(out)
-        figures[_name(line, copies)] = total
-    return figures
+def _slice(
+    sessions: Sessions, sandbox: Sandbox, place: Place, line: str, seconds: float, copies: int
+) -> dict[str, float]:
+    """A short run of one line: what so many copies at once reach together."""
+    program = compiled("unixlike", place.programs)
+    # One for each: sdeefs watches the directories of lower that it has looked into.
+    directory = str(place.work / re.sub(r"\W+", "-", sandbox.name))
+    sessions.ask(sandbox, "mkdir", "-p", directory)
+    words = (str(program), LINES[line], str(seconds), str(copies), directory)
+    return {named(line, copies): float(sessions.ask(sandbox, *words))}
 
 
-def _name(line: str, copies: int) -> str:
+def named(line: str, copies: int) -> str:
+    """The line's name in the report."""
     return line if copies == 1 else f"{line}, {copies} copies"
 
 
-def blocks(quick: bool, user: str | None, place: Path) -> list[Block]:
-    """All blocks of the suite; the driver is compiled into `place`."""
-    seconds = 0.3 if quick else 5.0
-    found = []
+def blocks(quick: bool, found: Sequence[Sandbox], place: Place, sessions: Sessions) -> list[Block]:
+    """All blocks of the suite: one for each line and sandbox, the drivers in `place`."""
+    seconds = 0.025 if quick else 0.05
+    todo = []
     for copies in dict.fromkeys((1, os.cpu_count() or 1)):
-        lines = {_name(line, copies): PER_SECOND for line in LINES}
-        for sandbox in sandboxes(user):
-            run = partial(_copies, sandbox, place, seconds, copies)
-            found.append(Block(sandbox.name, lines, run))
-    return found
+        for line, word in LINES.items():
+            unit = KIB_PER_SECOND if word.startswith("copy") else PER_SECOND
+            for sandbox in found:
+                run = partial(_slice, sessions, sandbox, place, line, seconds, copies)
+                todo.append(Block(sandbox.name, {named(line, copies): unit}, run))
+    return todo

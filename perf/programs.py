@@ -6,7 +6,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from perf.runner import Missing
+from perf.figures import Missing
 
 
 def compiled(source: str, place: Path, *, mpi: bool = False) -> Path:

@@ -1,27 +1,28 @@
-"""One page of all that was measured: Markdown, JSON, HTML with plots."""
+"""What was measured, as JSON in a directory and as a Markdown page; several directories as one."""
 
 from __future__ import annotations
 
-import html
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from perf import machine
-from perf.runner import Figure
-from perf.tables import columns, markdown, ratio
+from perf.figures import MANY, Figure
+from perf.suites import SUITES
+from perf.tables import markdown, resolution
 
 
 @dataclass(frozen=True)
 class Section:
-    """One suite's figures. Ratios are multiples of `base`'s time."""
+    """One suite's figures. Ratios are multiples of `base`'s time. `notes`: facts of this run."""
 
     name: str
     title: str
     base: str
     figures: tuple[Figure, ...]
     command: str
+    notes: tuple[str, ...] = ()
 
 
 def to_json(section: Section) -> dict[str, object]:
@@ -31,110 +32,87 @@ def to_json(section: Section) -> dict[str, object]:
 
 def from_json(data: dict[str, object]) -> Section:
     """The section that `to_json` wrote."""
-    figures = data["figures"]
+    figures, notes = data["figures"], data.get("notes", [])
     assert isinstance(figures, list)
+    assert isinstance(notes, list)
     return Section(
         str(data["name"]),
         str(data["title"]),
         str(data["base"]),
         tuple(Figure(**{**f, "values": tuple(f["values"])}) for f in figures),
         str(data["command"]),
+        tuple(notes),
     )
+
+
+def merged(earlier: Section, later: Section) -> Section:
+    """One section of two runs of a suite. A line comes whole from one run, the later that has it.
+
+    (Ratios are within the rounds of one run.)
+    """
+    again = {figure.line for figure in later.figures}
+    kept = tuple(figure for figure in earlier.figures if figure.line not in again)
+    if not kept:
+        return later
+    commands = dict.fromkeys((*earlier.command.split("\n"), *later.command.split("\n")))
+    notes = tuple(dict.fromkeys((*earlier.notes, *later.notes)))
+    return replace(later, figures=kept + later.figures, command="\n".join(commands), notes=notes)
+
+
+def read(places: Sequence[Path]) -> tuple[list[Section], dict[str, str]]:
+    """Every suite of the directories, in the page's order, and the facts of the machine."""
+    found: dict[str, Section] = {}
+    facts = machine.facts()
+    for place in places:
+        for name in SUITES:
+            path = place / f"{name}.json"
+            if not path.exists():
+                continue
+            data = json.loads(path.read_text())
+            section = from_json(data)
+            found[name] = merged(found[name], section) if name in found else section
+            facts = data["machine"]
+    return [found[name] for name in SUITES if name in found], facts
+
+
+def about(section: Section) -> list[str]:
+    """The paragraphs on top of a section's table, without markup but for `code`."""
+    rounds = {len(f.values) for f in section.figures if f.values}
+    fewest, most = (min(rounds), max(rounds)) if rounds else (0, 0)
+    count = f"{most} rounds" if fewest == most else f"{fewest} to {most} rounds"
+    spread = "half the distance of the quartiles" if most >= MANY else "half that of the extremes"
+    if fewest < MANY <= most:
+        spread += f" (with fewer than {MANY} rounds of the extremes)"
+    text = (
+        f"Median of {count} ± {spread}; in brackets the multiple of the time of {section.base},"
+        " the median of the ratios within each round"
+        + (", ± half its 95 % interval." if most >= MANY else ".")
+    )
+    told = SUITES[section.name].about if section.name in SUITES else ""
+    paragraphs = [" ".join(part for part in (told, *section.notes) if part), text]
+    paragraphs.append(resolution(section.figures, section.base))
+    return [part for part in paragraphs if part]
 
 
 def page(sections: Sequence[Section], facts: dict[str, str]) -> str:
     """The report in Markdown."""
     parts = ["| | |\n| --- | --- |\n" + "".join(f"| {k} | {v} |\n" for k, v in facts.items())]
     for section in sections:
+        commands = "".join(f"{line}\n" for line in section.command.split("\n"))
+        told = "\n\n".join(about(section))
         parts.append(
-            f"## {section.title}\n\nMedian ± half the spread; in brackets the multiple of the time"
-            f" of {section.base}. `{section.command}`\n\n{markdown(section.figures, section.base)}"
+            f"## {section.title}\n\n```sh\n{commands}```\n\n{told}\n\n"
+            f"{markdown(section.figures, section.base)}"
         )
     return "\n".join(parts)
 
 
-def plot(section: Section, path: Path) -> None:
-    """A bar for each contender and line, as multiples of the base's time (logarithmic)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    lines, contenders = columns(section.figures)
-    by_key = {(f.line, f.contender): f for f in section.figures}
-    shown = [c for c in contenders if c != section.base]
-    figure, axes = pyplot.subplots(figsize=(10, 1 + 0.25 * len(lines) * max(1, len(shown))))
-    height = 0.8 / max(1, len(shown))
-    for index, contender in enumerate(shown):
-        places, values = [], []
-        for row, line in enumerate(lines):
-            base, own = by_key.get((line, section.base)), by_key.get((line, contender))
-            times = ratio(own, base) if own else None
-            if times:
-                places.append(row + index * height)
-                values.append(times)
-        axes.barh(places, values, height=height, label=contender)
-    axes.set_yticks([r + 0.4 - height / 2 for r in range(len(lines))], lines)
-    axes.invert_yaxis()
-    axes.set_xscale("log")
-    axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xlabel(f"multiple of the time of {section.base}")
-    axes.legend(fontsize="small")
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
-
-
 def write(section: Section, out: Path) -> None:
-    """Write one suite's JSON and plot into `out`, and the whole page anew."""
+    """Write one suite's JSON into `out`, and the whole page anew, as Markdown and HTML."""
+    from perf import webpage
+
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{section.name}.json").write_text(json.dumps(to_json(section), indent=1) + "\n")
-    plot(section, out / f"{section.name}.svg")
-    write_page(out)
-
-
-def read(out: Path) -> tuple[list[Section], dict[str, str]]:
-    """Every suite that `out` has, and the facts of the machine."""
-    sections, facts = [], machine.facts()
-    for path in sorted(out.glob("*.json")):
-        data = json.loads(path.read_text())
-        sections.append(from_json(data))
-        facts = data["machine"]
-    return sections, facts
-
-
-def write_page(out: Path) -> None:
-    """index.html and report.md from the JSON of all suites in `out`."""
-    sections, facts = read(out)
+    sections, facts = read([out])
     (out / "report.md").write_text("# Measured\n\n" + page(sections, facts))
-    body = []
-    for section in sections:
-        lines, contenders = columns(section.figures)
-        by_key = {(f.line, f.contender): f for f in section.figures}
-        rows = ["<tr><th></th>" + "".join(f"<th>{html.escape(c)}</th>" for c in contenders)]
-        for line in lines:
-            cells = []
-            for contender in contenders:
-                figure = by_key.get((line, contender))
-                if figure is None or not figure.values:
-                    cells.append(html.escape(figure.missing if figure else ""))
-                    continue
-                times = ratio(figure, by_key.get((line, section.base)))
-                text = f"{figure.median:.4g} {figure.unit} ±{figure.spread:.0%}"
-                cells.append(text + (f" ({times:.2f}×)" if times else ""))
-            rows.append(
-                f"<tr><th>{html.escape(line)}</th>" + "".join(f"<td>{c}</td>" for c in cells)
-            )
-        body.append(
-            f"<h2>{html.escape(section.title)}</h2><p><code>{html.escape(section.command)}</code></p>"
-            f"<table>{''.join(rows)}</table><img src='{section.name}.svg' alt=''>"
-        )
-    header = "".join(
-        f"<tr><th>{html.escape(k)}</th><td>{html.escape(v)}</td>" for k, v in facts.items()
-    )
-    (out / "index.html").write_text(
-        "<!doctype html><meta charset=utf-8><title>Measured</title>"
-        "<style>body{font:15px sans-serif;margin:2em}td,th{padding:2px 8px;text-align:left}"
-        "img{max-width:100%}</style>"
-        f"<h1>Measured</h1><table>{header}</table>{''.join(body)}\n"
-    )
+    (out / "index.html").write_text(webpage.page(sections, facts))

@@ -1,30 +1,18 @@
-"""Interleaved, resumable runs: A B C A B C …, each figure appended to a file as soon as it is there."""
+"""Interleaved, resumable runs, each figure appended to a file as soon as it is there."""
 
 from __future__ import annotations
 
 import json
-import statistics
+import random
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
-
-class Missing(Exception):
-    """A contender isn't there; the text names what is missing."""
-
-
-class Unit(NamedTuple):
-    """What a line's figures are in, and which way is good."""
-
-    name: str
-    higher_is_better: bool = False
-
-
-MICROSECONDS, MILLISECONDS, SECONDS = Unit("µs"), Unit("ms"), Unit("s")
-OPERATIONS = Unit("op/s", higher_is_better=True)
+from perf.failures import failure
+from perf.figures import Figure, Missing, Unit
 
 
 @dataclass(frozen=True)
@@ -34,30 +22,6 @@ class Block:
     contender: str
     lines: dict[str, Unit]
     run: Callable[[], dict[str, float]]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """All rounds of one line of one contender. `missing` names why there are none."""
-
-    line: str
-    contender: str
-    unit: str
-    higher_is_better: bool
-    values: tuple[float, ...]
-    missing: str = ""
-
-    @property
-    def median(self) -> float:
-        """The median of the rounds."""
-        return statistics.median(self.values)
-
-    @property
-    def spread(self) -> float:
-        """Half the distance between the extremes, as a share of the median."""
-        if not self.values or not self.median:
-            return 0.0
-        return (max(self.values) - min(self.values)) / 2 / self.median
 
 
 class Progress:
@@ -86,6 +50,21 @@ class Progress:
             print("\r\033[K", end="", file=sys.stderr)
 
 
+def order(blocks: Sequence[Block], number: int) -> list[int]:
+    """The places of the blocks as round `number` runs them, the same in every run.
+
+    The contenders of the same lines follow one another, so that they meet the machine in the same
+    state; shuffled anew each round, so that none always comes after the same other.
+    """
+    groups: dict[tuple[str, ...], list[int]] = {}
+    for index, block in enumerate(blocks):
+        groups.setdefault(tuple(block.lines), []).append(index)
+    shuffle = random.Random(number).shuffle
+    for group in groups.values():
+        shuffle(group)
+    return [index for group in groups.values() for index in group]
+
+
 def _recorded(path: Path) -> dict[tuple[str, str], list[float]]:
     found: dict[tuple[str, str], list[float]] = {}
     if path.exists():
@@ -101,7 +80,7 @@ def _recorded(path: Path) -> dict[tuple[str, str], list[float]]:
 def run(blocks: Iterable[Block], rounds: int, journal: Path) -> list[Figure]:
     """Measure every block `rounds` times, interleaved. What `journal` has already isn't run again.
 
-    A block that raises `Missing` is dropped and named; any other error stops the run.
+    A block that raises `Missing`, or whose programs fail, is dropped and named.
     """
     todo = list(blocks)
     recorded = _recorded(journal)
@@ -111,15 +90,16 @@ def run(blocks: Iterable[Block], rounds: int, journal: Path) -> list[Figure]:
     try:
         with journal.open("a") as file:
             for number in range(rounds):
-                for index, block in enumerate(todo):
+                for index in order(todo, number):
+                    block = todo[index]
                     progress.step(f"{block.contender}: {', '.join(block.lines)[:60]}")
                     keys = [(line, block.contender) for line in block.lines]
                     if index in missing or all(len(recorded.get(k, ())) > number for k in keys):
                         continue
                     try:
                         values = block.run()
-                    except Missing as error:
-                        missing[index] = str(error)
+                    except (Missing, OSError, subprocess.SubprocessError) as error:
+                        missing[index] = str(failure(error))
                         continue
                     for key in keys:
                         recorded.setdefault(key, []).append(values[key[0]])

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 
-from perf.runner import Figure
+from perf.figures import MANY, Figure, ratio
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text in cells: `rows` are (line, a cell for each contender)."""
+
+    contenders: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
 
 
 def columns(figures: Sequence[Figure]) -> tuple[list[str], list[str]]:
@@ -16,6 +26,8 @@ def columns(figures: Sequence[Figure]) -> tuple[list[str], list[str]]:
 
 def number(value: float) -> str:
     """Three significant digits, without exponents."""
+    if not value:
+        return "0"
     if value >= 100:
         return f"{value:,.0f}"
     if value >= 10:
@@ -23,36 +35,82 @@ def number(value: float) -> str:
     return f"{value:.3g}" if value >= 0.01 else f"{value:.4f}"
 
 
-def ratio(figure: Figure, base: Figure | None) -> float | None:
-    """How many times the base's *time* it takes (for rates: base / figure); None without a base."""
-    if base is None or not base.values or not figure.values or not base.median or not figure.median:
-        return None
-    if figure.higher_is_better:
-        return base.median / figure.median
-    return figure.median / base.median
+def percent(share: float) -> str:
+    """A share as percents, with a decimal where there is less than ten of them."""
+    return f"{share:.0%}" if share >= 0.0995 or not share else f"{share:.1%}"
+
+
+def _cell(figure: Figure | None, base: Figure | None) -> str:
+    if figure is None:
+        return ""
+    if figure.missing:
+        return f"missing: {figure.missing}"
+    if not figure.values:
+        return "not run"
+    text = f"{number(figure.median)} ±{figure.spread:.0%}"
+    times = ratio(figure, base)
+    if times is None or figure is base:
+        return text
+    if len(figure.values) < MANY:
+        return f"{text} ({times.value:.2f}×)"
+    digits = 3 if times.uncertainty < 0.02 else 2
+    return f"{text} ({times.value:.{digits}f}× ±{percent(times.uncertainty)})"
+
+
+def table(figures: Sequence[Figure], base: str) -> Table:
+    """Median ± spread, and in brackets the multiple of `base`'s time."""
+    lines, contenders = columns(figures)
+    by_key = {(f.line, f.contender): f for f in figures}
+    unit = {f.line: f.unit for f in figures}
+    rows = tuple(
+        (
+            f"{line} [{unit[line]}]",
+            tuple(_cell(by_key.get((line, c)), by_key.get((line, base))) for c in contenders),
+        )
+        for line in lines
+    )
+    return Table(tuple(contenders), rows)
 
 
 def markdown(figures: Sequence[Figure], base: str) -> str:
-    """A Markdown table: median ± spread, and in brackets the multiple of `base`'s time."""
-    lines, contenders = columns(figures)
+    """The table in Markdown. A contender that is missing everywhere is named below it, once."""
+    absent = absentees(figures)
+    shown = table([f for f in figures if f.contender not in absent], base)
+    rows = [("", shown.contenders), ("---", ("---",) * len(shown.contenders)), *shown.rows]
+    text = "".join(
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in (line, *cells)) + " |\n"
+        for line, cells in rows
+    )
+    names = "".join(f"- {name}: missing, {why}\n" for name, why in absent.items())
+    return text + ("\n" + names if names else "")
+
+
+def absentees(figures: Sequence[Figure]) -> dict[str, str]:
+    """Contenders without a single figure, and why."""
+    _, contenders = columns(figures)
+    found = {}
+    for contender in contenders:
+        own = [f for f in figures if f.contender == contender]
+        reasons = [f.missing for f in own if f.missing]
+        if reasons and len(reasons) == len(own):
+            found[contender] = reasons[0]
+    return found
+
+
+def resolution(figures: Sequence[Figure], base: str) -> str:
+    """A sentence about how small a difference the ratios show; empty with few rounds."""
     by_key = {(f.line, f.contender): f for f in figures}
-    rows = ["| | " + " | ".join(contenders) + " |", "| --- |" + " --- |" * len(contenders)]
-    for line in lines:
-        cells = []
-        unit = next(f.unit for f in figures if f.line == line)
-        for contender in contenders:
-            figure = by_key.get((line, contender))
-            if figure is None:
-                cells.append("")
-            elif figure.missing:
-                cells.append(f"missing: {figure.missing}")
-            elif not figure.values:
-                cells.append("not run")
-            else:
-                text = f"{number(figure.median)} ±{figure.spread:.0%}"
-                times = ratio(figure, by_key.get((line, base)))
-                if times is not None and contender != base:
-                    text += f" ({times:.2f}×)"
-                cells.append(text)
-        rows.append(f"| {line} [{unit}] | " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
+    found = []
+    for figure in figures:
+        if figure.contender != base and len(figure.values) >= MANY:
+            times = ratio(figure, by_key.get((figure.line, base)))
+            if times:
+                found.append((times.uncertainty, figure))
+    if not found:
+        return ""
+    middle = statistics.median(share for share, _ in found)
+    worst, figure = max(found, key=lambda pair: pair[0])
+    return (
+        f"Resolution: the 95 % interval of a ratio is ±{percent(middle)} in the median of the"
+        f" table's cells, and ±{percent(worst)} at worst ({figure.line}, {figure.contender})."
+    )

@@ -60,3 +60,29 @@ def data_file(path: Path, size: int) -> Path:
                 file.write(generator.randbytes(1 << 20))
         _done(path)
     return path
+
+
+def flat(path: Path, files: int) -> Path:
+    """One directory with `files` files of 2 kB, file0 and so on."""
+    if not _made(path):
+        path.mkdir()
+        for number in range(files):
+            (path / f"file{number}").write_bytes(b"x" * 2048)
+        _done(path)
+    return path
+
+
+def modules(path: Path, count: int) -> Path:
+    """`path`/import.py, a program that imports so many modules beside it."""
+    place = path / "modules"
+    if not _made(place):
+        place.mkdir()
+        for number in range(count):
+            (place / f"m{number}.py").write_text(f"value = {number}\n")
+        names = "\n".join(f"import m{n}" for n in range(count))
+        (path / "import.py").write_text(
+            "import sys\nsys.dont_write_bytecode = True\n"
+            f"sys.path.insert(0, __file__.rpartition('/')[0] + '/modules')\n{names}\n"
+        )
+        _done(place)
+    return path / "import.py"

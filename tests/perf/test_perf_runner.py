@@ -1,36 +1,53 @@
-"""The benchmark's own logic: interleaving, going on after a stop, tables, missing peers."""
+"""Interleaving, going on after a stop, peers that are missing or fail."""
 
 from __future__ import annotations
 
-import json
 import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from perf import report
-from perf.__main__ import main, publish
-from perf.programs import compiled
-from perf.runner import MILLISECONDS, OPERATIONS, Block, Figure, Missing, run
-from perf.tables import markdown, ratio
+from perf.__main__ import chosen
+from perf.failures import reason
+from perf.figures import MILLISECONDS, Missing, ratio
+from perf.runner import Block, order, run
+from perf.timing import seconds_of
 
 
-def _block(name: str, log: list[str], values: list[float]) -> Block:
+def _block(name: str, log: list[str], values: list[float], line: str = "line") -> Block:
     def measure() -> dict[str, float]:
         log.append(name)
-        return {"line": values.pop(0)}
+        return {line: values.pop(0)}
 
-    return Block(name, {"line": MILLISECONDS}, measure)
+    return Block(name, {line: MILLISECONDS}, measure)
+
+
+def _raising(error: Exception) -> Callable[[], dict[str, float]]:
+    def measure() -> dict[str, float]:
+        raise error
+
+    return measure
 
 
 def test_rounds_are_interleaved_and_the_median_counts(tmp_path: Path) -> None:
     log: list[str] = []
     blocks = [_block("a", log, [1.0, 9.0, 2.0]), _block("b", log, [4.0, 4.0, 4.0])]
     a, b = run(blocks, 3, tmp_path / "x.jsonl")
-    assert log == ["a", "b"] * 3
+    assert [sorted(log[n : n + 2]) for n in (0, 2, 4)] == [["a", "b"]] * 3
     assert (a.median, b.median) == (2.0, 4.0)
-    assert ratio(b, a) == 2.0
+
+
+def test_a_round_goes_line_by_line_each_time_in_another_order() -> None:
+    blocks = [_block(name, [], [], line) for name in "abcd" for line in ("one", "two")]
+    seen = set()
+    for number in range(10):
+        places = order(blocks, number)
+        assert sorted(places) == list(range(8))
+        assert [next(iter(blocks[i].lines)) for i in places] == ["one"] * 4 + ["two"] * 4
+        seen.add(tuple(places[:4]))
+        assert places == order(blocks, number)
+    assert len(seen) > 5
 
 
 def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
@@ -43,66 +60,58 @@ def test_a_stopped_run_goes_on(tmp_path: Path) -> None:
     assert log == ["a", "a", "a"]
 
 
-def test_a_missing_peer_is_named(tmp_path: Path) -> None:
-    def measure() -> dict[str, float]:
-        raise Missing("docker isn't installed")
-
-    (figure,) = run([Block("docker", {"line": MILLISECONDS}, measure)], 2, tmp_path / "x")
-    assert figure.missing == "docker isn't installed"
-    assert "docker isn't installed" in markdown([figure], "docker")
-
-
-def test_rates_and_times_give_the_same_kind_of_ratio() -> None:
-    slow = Figure("l", "slow", "op/s", True, (10.0,))
-    fast = Figure("l", "fast", "op/s", True, (20.0,))
-    assert ratio(slow, fast) == 2.0
-    assert "10.0 ±0% (2.00×)" in markdown([slow, fast], "fast")
-
-
-def test_the_report_is_made_from_the_json(tmp_path: Path) -> None:
-    figures = (
-        Figure("write", "base", OPERATIONS.name, True, (100.0, 110.0)),
-        Figure("write", "other", OPERATIONS.name, True, (50.0, 60.0)),
-    )
-    report.write(report.Section("fs", "Files", "base", figures, "python -m perf fs"), tmp_path)
-    for name in ("fs.json", "fs.svg", "report.md", "index.html"):
-        assert (tmp_path / name).stat().st_size > 100
-    assert report.from_json(json.loads((tmp_path / "fs.json").read_text())).figures == figures
-    page = tmp_path / "page.md"
-    assert publish(tmp_path, page) == 0
-    first = page.read_text()
-    assert "| write [op/s] |" in first
-    assert publish(tmp_path, page) == 0
-    assert page.read_text() == first
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (Missing("docker isn't installed"), "docker isn't installed"),
+        (subprocess.CalledProcessError(1, "x", stderr=b"no such image\n"), "no such image"),
+        (OSError(28, "No space left on device"), "No space left"),
+    ],
+)
+def test_a_peer_that_is_missing_or_fails_is_named_and_the_rest_runs(
+    error: Exception, told: str, tmp_path: Path
+) -> None:
+    log: list[str] = []
+    blocks = [Block("peer", {"line": MILLISECONDS}, _raising(error)), _block("b", log, [1.0, 2.0])]
+    peer, other = run(blocks, 2, tmp_path / "x")
+    assert told in peer.missing
+    assert other.values == (1.0, 2.0)
+    assert ratio(other, peer) is None
 
 
-def test_publishing_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["publish", "--out", str(tmp_path), str(tmp_path / "page.md")]) == 1
-    assert "has no figures" in capsys.readouterr().err
+def test_the_line_that_tells_why_isnt_the_hint_after_it() -> None:
+    said = b"docker: Cannot connect to the Docker daemon.\n\nRun 'docker run --help' for more information\n"
+    assert reason(said, "?") == "docker: Cannot connect to the Docker daemon."
+    assert reason("usage: x\n", "?") == "usage: x"
+    assert reason(b"", "exit status 3") == "exit status 3"
 
 
-@pytest.mark.parametrize("line", ["integers", "floats", "pipe", "switch", "process", "execl"])
-def test_drivers_measure_something(line: str, tmp_path: Path) -> None:
-    program = compiled("unixlike", tmp_path)
-    done = subprocess.run(
-        [str(program), line, "0.05"], check=True, capture_output=True, text=True, timeout=60
-    )
-    assert float(done.stdout) > 0
+def test_only_and_lines_choose(tmp_path: Path) -> None:
+    blocks = [_block(name, [], [], line) for name in ("base", "a 1", "b 2") for line in ("x", "y")]
+
+    def left(only: str | None, lines: str | None) -> list[tuple[str, str]]:
+        return [(b.contender, *b.lines) for b in chosen(blocks, "base", only, lines)]  # type: ignore[misc]
+
+    assert left("a", "y") == [("base", "y"), ("a 1", "y")]
+    assert left("1,2", "x") == [("base", "x"), ("a 1", "x"), ("b 2", "x")]
+    with pytest.raises(Missing, match="nothing to measure"):
+        left(None, "z")
 
 
-@pytest.mark.parametrize("kernel", ["ep", "is", "cg", "mg"])
-def test_kernels_run(kernel: str, tmp_path: Path) -> None:
-    program = compiled("kernels", tmp_path)
-    done = subprocess.run(
-        [str(program), kernel, "1"], check=True, capture_output=True, text=True, timeout=60
-    )
-    assert float(done.stdout) > 0
+def test_a_command_is_timed_to_its_end_and_not_to_a_poll_after_it() -> None:
+    times = sorted(seconds_of(["sleep", "0.1"]) for _ in range(5))
+    assert 0.1 <= times[0] < 0.115  # subprocess.run(timeout=) finds it after 0.127
 
 
-def test_overall_measures_and_writes_a_page(tmp_path: Path) -> None:
-    words = ["overall", "--quick", "--rounds", "1", "--only", "bare", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-m", "perf", *words], capture_output=True, text=True, timeout=150
-    )
-    assert done.returncode == 0, done.stderr
-    assert "pipe throughput" in (tmp_path / "report.md").read_text()
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        (["sh", "-c", "echo it is broken >&2; exit 3"], "it is broken"),
+        (["sh", "-c", "exit 3"], "exit status 3"),
+        (["sleep", "9"], "didn't end within"),
+        (["/nonexistent"], "No such file"),
+    ],
+)
+def test_a_command_that_fails_tells_why(command: list[str], told: str) -> None:
+    with pytest.raises(Missing, match=told):
+        seconds_of(command, timeout=0.3)

@@ -1,0 +1,66 @@
+"""What people do with trees of files: find, tar, cp, rm, git, imports."""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from pathlib import Path
+
+from perf.figures import SECONDS
+from perf.filesystems import Contender, mounted, remount
+from perf.runner import Block
+from perf.timing import seconds_of
+
+LINES = (
+    "find, cold",
+    "find, warm",
+    "find -size, cold",
+    "find -size, warm",
+    "tar c, cold",
+    "tar c, warm",
+    "git status, cold",
+    "git status, warm",
+    "python import, cold",
+    "tar x",
+    "rm -r upper",
+    "cp -a lower to upper",
+    "rm -r lower",
+)
+
+
+def _timed(*words: str | Path, cwd: Path | None = None) -> float:
+    return seconds_of([str(w) for w in words], timeout=900, cwd=cwd or "/")
+
+
+def _tree(contender: Contender, lower: Path, scratch: Path, tar: Path) -> dict[str, float]:
+    figures: dict[str, float] = {}
+    with mounted(contender, lower, scratch) as layers:
+        merged = layers.merged
+
+        def cold(line: str, *words: str | Path, cwd: Path | None = None) -> None:
+            remount(contender, layers)
+            figures[f"{line}, cold"] = _timed(*words, cwd=cwd)
+
+        def cold_and_warm(line: str, *words: str | Path, cwd: Path | None = None) -> None:
+            cold(line, *words, cwd=cwd)
+            figures[f"{line}, warm"] = _timed(*words, cwd=cwd)
+
+        tree, again, git = merged / "tree", merged / "again", merged / "git"
+        cold_and_warm("find", "find", tree)
+        cold_and_warm("find -size", "find", tree, "-size", "+1M")
+        cold_and_warm("tar c", "sh", "-c", f"tar -C {tree} -cf - . | cat")
+        status = ("git", "-c", "safe.directory=*", "status", "--short")
+        cold_and_warm("git status", *status, cwd=git)
+        cold("python import", sys.executable, "-I", "-S", merged / "import.py")
+        again.mkdir()
+        figures["tar x"] = _timed("tar", "-C", again, "-xf", tar)
+        figures["rm -r upper"] = _timed("rm", "-r", again)
+        figures["cp -a lower to upper"] = _timed("cp", "-a", tree, again)
+        figures["rm -r lower"] = _timed("rm", "-r", tree)
+    return figures
+
+
+def blocks(one: Contender, lower: Path, scratch: Path, tar: Path) -> list[Block]:
+    """A contender's blocks; `lower` holds tree, git and import.py, `tar` is an archive of the tree."""
+    run = partial(_tree, one, lower, scratch, tar)
+    return [Block(one.name, dict.fromkeys(LINES, SECONDS), run)]
