@@ -31,8 +31,8 @@ SECONDS = 60
 
 
 @contextlib.contextmanager
-def node_daemon(directory: Path) -> Iterator[Daemon]:
-    """The daemon of this machine, at the place where every login looks for it."""
+def node_is_ours() -> Iterator[None]:
+    """Keep other test runs from the node's daemon, its configuration and the users' shells."""
     with open("/run/lock/sdee-tests-node.lock", "w") as lock:
         deadline = time.monotonic() + 120
         while True:
@@ -42,8 +42,7 @@ def node_daemon(directory: Path) -> Iterator[Daemon]:
             except OSError:
                 assert time.monotonic() < deadline, "other tests keep the node's daemon"
                 time.sleep(0.2)
-        with running_daemon(directory, "/run/sdee", "/run/sdee/sdeed.sock") as daemon:
-            yield daemon
+        yield
 
 
 @contextlib.contextmanager
@@ -367,9 +366,10 @@ def login_node(engine: str, *users: User, extra: str = "") -> Iterator[Node]:
         directory = Path(name)
         directory.chmod(0o755)
         with (
+            node_is_ours(),
             configuration(f'[environments]\nengine = "{engine}"\n'),
             login_shell(LOGIN, *users),
-            node_daemon(directory) as daemon,
+            running_daemon(directory, "/run/sdee", "/run/sdee/sdeed.sock") as daemon,
             running_sshd(directory / "sshd", *users, extra=extra) as sshd,
         ):
             for user in users:  # begin with fresh environments
