@@ -29,7 +29,7 @@ OPERATIONS = Unit("op/s", higher_is_better=True)
 
 @dataclass(frozen=True)
 class Figure:
-    """All rounds of one line of one contender. `missing` names why there are none."""
+    """All rounds of one line of one contender. `missing` names why there are none, or no more."""
 
     line: str
     contender: str
@@ -80,7 +80,7 @@ def ratio(figure: Figure, base: Figure | None) -> Ratio | None:
 
     The median of the ratios within each round: what slows the machine for a while slows both.
     """
-    if base is None or figure.missing or base.missing:
+    if base is None:
         return None
     pairs = [
         (own, other)

@@ -51,11 +51,7 @@ def described(path: Path) -> str:
         if under in ("tmpfs", "ramfs", "devtmpfs"):
             kind += ", so in memory"
     elif block.exists():
-        rotational = block.resolve() / "queue/rotational"
-        if not rotational.exists():  # a partition: the disk's directory is the one above
-            rotational = block.resolve().parent / "queue/rotational"
-        spins = rotational.exists() and rotational.read_text().strip() == "1"
-        kind = "a disk that says it spins" if spins else "a disk without spinning parts"
+        kind = _disk(block.resolve())
     else:
         kind = "in memory" if mount.fstype in ("tmpfs", "ramfs", "devtmpfs") else "no block device"
     return f"{mount.fstype} on {source} ({kind})"
@@ -70,6 +66,19 @@ def default_scratch() -> Path:
             return place
     names = ", ".join(map(str, tried))
     raise Missing(f"none of {names} is a writable directory on a disk; name one by --scratch")
+
+
+def _disk(block: Path) -> str:
+    """What a block device without a file behind it is, by its directory in sysfs."""
+    if not (block / "queue").exists():  # a partition: the disk's directory is the one above
+        block = block.parent
+    if block.name.startswith("vd"):
+        return "a virtual machine's disk"
+    try:
+        spins = (block / "queue/rotational").read_text().strip() == "1"
+    except OSError:
+        return "a disk"
+    return "a spinning disk" if spins else "a disk without spinning parts"
 
 
 @dataclass(frozen=True)

@@ -80,16 +80,17 @@ def about(section: Section) -> list[str]:
     rounds = {len(f.values) for f in section.figures if f.values}
     fewest, most = (min(rounds), max(rounds)) if rounds else (0, 0)
     count = f"{most} rounds" if fewest == most else f"{fewest} to {most} rounds"
-    spread = "half the distance of the quartiles" if most >= MANY else "half that of the extremes"
+    spread = f"half the distance of the {'quartiles' if most >= MANY else 'extremes'}"
     if fewest < MANY <= most:
         spread += f" (with fewer than {MANY} rounds of the extremes)"
+    told = f"Median of {count} ± {spread}" if most > 1 else "One round, so no scatter is known"
     text = (
-        f"Median of {count} ± {spread}; in brackets the multiple of the time of {section.base},"
+        f"{told}; in brackets the multiple of the time of {section.base},"
         " the median of the ratios within each round"
         + (", ± half its 95 % interval." if most >= MANY else ".")
     )
-    told = SUITES[section.name].about if section.name in SUITES else ""
-    paragraphs = [" ".join(part for part in (told, *section.notes) if part), text]
+    general = SUITES[section.name].about if section.name in SUITES else ""
+    paragraphs = [" ".join(part for part in (general, *section.notes) if part), text]
     paragraphs.append(resolution(section.figures, section.base))
     return [part for part in paragraphs if part]
 

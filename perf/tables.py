@@ -43,10 +43,14 @@ def percent(share: float) -> str:
 def _cell(figure: Figure | None, base: Figure | None) -> str:
     if figure is None:
         return ""
-    if figure.missing:
-        return f"missing: {figure.missing}"
     if not figure.values:
-        return "not run"
+        return f"missing: {figure.missing}" if figure.missing else "not run"
+    if figure.missing:  # it ran, and then failed: both are worth knowing
+        return f"{_measured(figure, base)}; in round {len(figure.values) + 1}: {figure.missing}"
+    return _measured(figure, base)
+
+
+def _measured(figure: Figure, base: Figure | None) -> str:
     text = f"{number(figure.median)} ±{figure.spread:.0%}"
     times = ratio(figure, base)
     if times is None or figure is base:
@@ -91,9 +95,8 @@ def absentees(figures: Sequence[Figure]) -> dict[str, str]:
     found = {}
     for contender in contenders:
         own = [f for f in figures if f.contender == contender]
-        reasons = [f.missing for f in own if f.missing]
-        if reasons and len(reasons) == len(own):
-            found[contender] = reasons[0]
+        if all(f.missing and not f.values for f in own):
+            found[contender] = own[0].missing
     return found
 
 

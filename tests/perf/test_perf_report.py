@@ -83,6 +83,12 @@ def test_who_is_missing_everywhere_is_named_once_and_who_misses_a_line_there() -
     assert "missing: too old" in text
 
 
+def test_who_fails_later_keeps_what_was_measured_and_says_so() -> None:
+    figures = [_figure("a", "base", 1.0, 1.0), Figure("a", "x", "s", False, (2.0,), "refused")]
+    assert "2 ±0% (2.00×); in round 2: refused" in markdown(figures, "base")
+    assert absentees(figures) == {}
+
+
 def _section(name: str, *figures: Figure, command: str = "python -m perf x") -> Section:
     return Section(name, name.title(), "base", figures, command, (f"Notes of {command}.",))
 
