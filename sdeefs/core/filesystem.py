@@ -305,20 +305,28 @@ class Filesystem(Xattrs):
         with self.lock:
             self._release(handle)
 
-    def fallocate(self, handle: int, mode: int, offset: int, length: int) -> None | Later[None]:
+    def fallocate(
+        self, handle: int, mode: int, offset: int, length: int, caller: Caller
+    ) -> None | Later[None]:
         """fallocate(2)."""
         self._writer(handle)
-        return Later(lambda: self._fallocate(handle, mode, offset, length))
+        return Later(lambda: self._fallocate(handle, mode, offset, length, caller))
 
     def copy_file_range(
-        self, handle_in: int, offset_in: int, handle_out: int, offset_out: int, length: int
+        self,
+        handle_in: int,
+        offset_in: int,
+        handle_out: int,
+        offset_out: int,
+        length: int,
+        caller: Caller,
     ) -> int | Later[int]:
         """copy_file_range(2) between two files of this mount."""
         source, target = self._file(handle_in), self._writer(handle_out)
-        credentials.settle()
 
         def copy() -> int:
             credentials.settle()
+            self._before_write(target, caller)
             return os.copy_file_range(source.fd, target.fd, length, offset_in, offset_out)
 
         return Later(copy) if length > LARGE else copy()

@@ -285,12 +285,21 @@ class Handles(Renames):
         """SEEK_DATA and SEEK_HOLE; the other kinds are the kernel's own."""
         return os.lseek(self._file(handle).fd, offset, whence)
 
-    def _fallocate(self, handle: int, mode: int, offset: int, length: int) -> None:
+    def _before_write(self, file: OpenFile, caller: Caller) -> None:
+        """With KILLPRIV_V2 a change of data takes setuid, setgid and capabilities away. Where the
+        kernel doesn't say so, it is a matter of who asks: root (CAP_FSETID) keeps the bits."""
+        if not self.killpriv:
+            return
+        with self.lock:
+            if caller.uid != 0:
+                self._strip_privileges(file.node, file.fd)
+            else:
+                self._strip_capability(file.node, file.fd)
+
+    def _fallocate(self, handle: int, mode: int, offset: int, length: int, caller: Caller) -> None:
         file = self._writer(handle)
         credentials.settle()
-        if self.killpriv:  # and the kernel doesn't say whether the caller may keep them
-            with self.lock:
-                self._strip_privileges(file.node, file.fd)
+        self._before_write(file, caller)
         while _libc.fallocate(file.fd, mode, offset, length):
             number = ctypes.get_errno()
             if number != errno.EINTR:

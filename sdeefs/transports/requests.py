@@ -334,7 +334,7 @@ def _files(operations: Operations, features: Features, backing_ids: BackingIds |
 
     def fallocate(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
         handle, offset, length, mode, _ = wire.FALLOCATE_IN.unpack_from(body)
-        return _done(op_fallocate(handle, mode, offset, length))
+        return _done(op_fallocate(handle, mode, offset, length, _caller((uid, gid, pid))))
 
     def lseek(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
         handle, offset, whence, _ = wire.LSEEK_IN.unpack_from(body)
@@ -345,12 +345,13 @@ def _files(operations: Operations, features: Features, backing_ids: BackingIds |
 
     def copy_file_range(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
         source, offset, _, target, to_offset, length, _ = wire.COPY_FILE_RANGE_IN.unpack_from(body)
-        answer = op_copy(source, offset, target, to_offset, min(length, 0x7FFFF000))
+        caller = _caller((uid, gid, pid))
+        answer = op_copy(source, offset, target, to_offset, min(length, 0x7FFFF000), caller)
         return Deferred(answer, copied) if isinstance(answer, Later) else write_out(answer, 0)
 
     def copy_file_range_64(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
         source, offset, _, target, to_offset, length, _ = wire.COPY_FILE_RANGE_IN.unpack_from(body)
-        answer = op_copy(source, offset, target, to_offset, length)
+        answer = op_copy(source, offset, target, to_offset, length, _caller((uid, gid, pid)))
         if isinstance(answer, Later):
             return Deferred(answer, wire.COPY_FILE_RANGE_OUT.pack)
         return wire.COPY_FILE_RANGE_OUT.pack(answer)

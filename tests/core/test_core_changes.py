@@ -295,10 +295,10 @@ def test_data_requests(disk: Core) -> None:
     fs.write(handle, 0, b"x", True)
     assert stat.S_IMODE(disk.stat("f").mode) == 0o755
     assert fs.lseek(handle, 1 << 16, os.SEEK_DATA) == 1 << 20
-    finish(fs.fallocate(handle, 0, 0, 3 << 20))
+    finish(fs.fallocate(handle, 0, 0, 3 << 20, ROOT))
     assert disk.stat("f").size == 3 << 20
     _, target = finish(fs.create(1, b"g", 0o644, os.O_RDWR, 0, ROOT))
-    assert finish(fs.copy_file_range(handle, 1 << 20, target.handle, 5, 4)) == 4
+    assert finish(fs.copy_file_range(handle, 1 << 20, target.handle, 5, 4, ROOT)) == 4
     assert fs.read(target.handle, 0, 100) == bytes(5) + b"data"
     reader = finish(fs.open(disk.node("g"), os.O_RDONLY, ROOT))
     fails(errno.EBADF, fs.write, reader.handle, 0, b"", False)

@@ -312,13 +312,21 @@ class Mirror:
     def lseek(self, handle: int, offset: int, whence: int) -> int:
         return os.lseek(self.handles[handle], offset, whence)
 
-    def fallocate(self, handle: int, mode: int, offset: int, length: int) -> None | Later[None]:
+    def fallocate(
+        self, handle: int, mode: int, offset: int, length: int, caller: Caller
+    ) -> None | Later[None]:
         if mode:
             raise OSError(errno.EOPNOTSUPP, "only plain allocation")
         return Later(lambda: os.posix_fallocate(self.handles[handle], offset, length))
 
     def copy_file_range(
-        self, handle_in: int, offset_in: int, handle_out: int, offset_out: int, length: int
+        self,
+        handle_in: int,
+        offset_in: int,
+        handle_out: int,
+        offset_out: int,
+        length: int,
+        caller: Caller,
     ) -> int | Later[int]:
         self.calls.append(("copy_file_range", length))
         return Later(

@@ -202,7 +202,7 @@ def test_what_makes_names(opcode: Opcode, body: bytes, call: tuple[Any, ...]) ->
         (Opcode.FLUSH, struct.pack("=QIIQ", 8, 0, 0, 0), ("flush", 8)),
         (Opcode.RELEASE, struct.pack("=QIIQ", 8, 0, 0, 0), ("release", 8)),
         (Opcode.RELEASEDIR, struct.pack("=QIIQ", 8, 0, 0, 0), ("releasedir", 8)),
-        (Opcode.FALLOCATE, struct.pack("=QQQII", 8, 100, 200, 1, 0), ("fallocate", 8, 1, 100, 200)),
+        (Opcode.FALLOCATE, struct.pack("=QQQII", 8, 100, 200, 1, 0), ("fallocate", 8, 1, 100, 200, CALLER)),
         (Opcode.REMOVEXATTR, b"user.x\0", ("removexattr", 9, b"user.x", CALLER)),
         (Opcode.SETXATTR, struct.pack("=IIII", 3, 2, 1, 0) + b"user.x\0a\0b",
          ("setxattr", 9, b"user.x", b"a\0b", 2, CALLER, True)),
@@ -277,9 +277,9 @@ def test_readlink_lseek_statfs_copy() -> None:
     assert len(reply) == 80
     body = struct.pack("=QQQQQQQ", 6, 10, 3, 7, 20, 1 << 40, 0)
     assert table.ask(Opcode.COPY_FILE_RANGE, body, 5) == struct.pack("=II", 5, 0)
-    assert table.call == ("copy_file_range", 6, 10, 7, 20, 0x7FFFF000)
+    assert table.call == ("copy_file_range", 6, 10, 7, 20, 0x7FFFF000, CALLER)
     assert table.ask(Opcode.COPY_FILE_RANGE_64, body, 1 << 35) == struct.pack("=Q", 1 << 35)
-    assert table.call[-1] == 1 << 40
+    assert table.call[-2] == 1 << 40
 
 
 def test_seeking_holes_is_left_to_the_kernel_with_writeback() -> None:
