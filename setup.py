@@ -18,6 +18,12 @@ setup(
             optional=True,
         ),
         Extension(
+            "sdeefs.transports._device",
+            ["sdeefs/transports/_device.c"],
+            extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra"],
+            optional=True,
+        ),
+        Extension(
             "sdeefs.transports._shortcuts",
             sorted(glob.glob("sdeefs/transports/shortcuts/*.c")),
             depends=sorted(glob.glob("sdeefs/transports/shortcuts/*.h")),

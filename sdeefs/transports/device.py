@@ -1,8 +1,9 @@
-"""The device transport: threads that read requests from /dev/fuse and write the answers, in Python.
+"""The device transport: threads that read requests from /dev/fuse and write the answers.
 
-Each thread has a descriptor of its own (FUSE_DEV_IOC_CLONE), so that they don't meet on one queue
-of answers. They block in read(2), where the kernel wakes exactly one for each request, and nothing
-but the end of the connection wakes them otherwise: `stop()` aborts it.
+Their loop is in C where that is built (`_device`, which says how). In Python each thread has a
+descriptor of its own (FUSE_DEV_IOC_CLONE), so that they don't meet on one queue of answers. They
+block in read(2), where the kernel wakes exactly one for each request, and nothing but the end of the
+connection wakes them otherwise: `stop()` aborts it.
 """
 
 from __future__ import annotations
@@ -23,11 +24,27 @@ from sdeefs.transports.connection import (
     note_reply_failed,
 )
 from sdeefs.transports.mount_device import open_device
+from sdeefs.transports.requests import Deferred
 from sdeefs.transports.transport import TransportOptions
 
 log = logging.getLogger(__name__)
 
+try:
+    from sdeefs.transports._device import Device
+except ImportError:
+    Device = None
+
 _WRITE = int(wire.Opcode.WRITE)
+#: Nanoseconds that the loop in C looks for the next request before it sleeps, where that pays.
+_MOMENT = 50_000
+#: Requests that may wait for a disk without the core's lock: others are read meanwhile.
+_SLOW = (
+    wire.Opcode.READ,
+    wire.Opcode.WRITE,
+    wire.Opcode.COPY_FILE_RANGE,
+    wire.Opcode.COPY_FILE_RANGE_64,
+    wire.Opcode.LSEEK,
+)
 #: Answers longer than this are written from two buffers, not copied into one.
 _JOIN = 4096
 
@@ -57,16 +74,21 @@ class DeviceTransport(Connection):
         super().__init__(operations, fuse_fd, options)
         self._finished = threading.Event()
         self._serving = 0
+        self._loop: Device | None = None
 
     def run(self) -> None:
         """Serve until the mount is gone or `stop()`."""
         try:
             if self._agreement is None:
                 self.negotiate()
-            for _ in range(1, max(1, self._options.threads)):
-                self._descriptors.append(clone_device(self._fd))
-            self._serving = len(self._descriptors)
-            for i, fd in enumerate(self._descriptors):
+            threads = max(1, self._options.threads)
+            self._serving = threads
+            if Device is not None and self._options.shortcuts:
+                self._loop = self._make_loop()
+            else:
+                self._descriptors += [clone_device(self._fd) for _ in range(1, threads)]
+            for i in range(threads):
+                fd = self._fd if self._loop is not None else self._descriptors[i]
                 threading.Thread(
                     target=self._serve_one, args=(fd,), name=f"device-{i}", daemon=True
                 ).start()
@@ -84,9 +106,33 @@ class DeviceTransport(Connection):
             if not abort_connection(self._fd):
                 self._finished.set()
 
+    def _make_loop(self) -> Device:
+        os.set_blocking(self._fd, False)
+
+        def later(unique: int, pid: int, deferred: Deferred) -> None:
+            self._later(self._fd, unique, pid, deferred)
+
+        return Device(
+            fd=self._fd,
+            size=max(wire.MIN_READ_BUFFER, self._max_write + 4096),
+            moment=_MOMENT if len(os.sched_getaffinity(0)) > 1 else 0,
+            slow=sum(1 << opcode for opcode in _SLOW),
+            handlers=self._handlers,
+            later=later,
+            fault=_log_fault,
+        )
+
+    def counters(self) -> dict[str, int]:
+        return self._sum([*self._counts, *([self._loop.counts()] if self._loop else [])])
+
     def _serve_one(self, fd: int) -> None:
         try:
-            self._serve(fd)
+            if self._loop is None:
+                self._serve(fd)
+                return
+            number = self._loop.run()
+            if number not in GONE:
+                log.error("reading requests: %s", os.strerror(number))
         finally:
             with self._ending:
                 self._serving -= 1
@@ -151,3 +197,10 @@ class DeviceTransport(Connection):
                 write(fd, pack(16, -number, unique))
             except OSError as error:
                 note_reply_failed(error)
+
+
+def _log_fault(opcode: int, error: BaseException | None) -> None:
+    if error is None:
+        log.error("the kernel refused an answer: %s", os.strerror(opcode))
+    else:
+        log.error("request %d failed", opcode, exc_info=error)
