@@ -6,6 +6,7 @@ Users may set what `USER_KEYS` lists, and only where the site's `[users] may` ha
 
 from __future__ import annotations
 
+import functools
 import os
 import tomllib
 from collections.abc import Mapping
@@ -220,7 +221,13 @@ def site_settings(path: str | None = None) -> Settings:
     """The site's settings. Raises ConfigError."""
     path = path or os.environ.get("SDEE_CONFIG") or SITE_FILE
     text = _read(path)
-    return Settings() if text is None else apply(Settings(), text, path)
+    return Settings() if text is None else _site_settings(text, path)
+
+
+@functools.lru_cache(maxsize=4)
+def _site_settings(text: str, path: str) -> Settings:
+    """Parsed once for each text: a process that makes instances reads the file for each."""
+    return apply(Settings(), text, path)
 
 
 def load(home: str | None = None, path: str | None = None) -> Settings:

@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pickle
+import select
 import signal
 import socket
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NoReturn
 
 from mount_helpers import syscalls
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
     from sdeefs.public import Options, Server
 
 KERNEL, FUSE = "kernel", "fuse"
+#: The descriptor on which a server to be waits, and the most layers that it may get.
+_CHANNEL, _MOST_LAYERS = 3, 250
 
 
 class EngineProblem(Exception):
@@ -160,10 +164,12 @@ def id_map_option(name: str, ranges: Sequence[IdRange]) -> str:
     return f"{name}=" + ":".join(f"{r.outside}:{r.inside}:{r.count}" for r in ranges)
 
 
-def fuse_mount(layers: Layers, words: Sequence[str], fork: bool = False) -> tuple[int, int, int]:
+def fuse_mount(
+    layers: Layers, words: Sequence[str], fork: bool = False, spare: SpareServer | None = None
+) -> tuple[int, int, int]:
     """A detached sdeefs mount in a server of its own: (mount, pid, pidfd). Raises EngineProblem.
 
-    `fork`: this process has one thread; the server is a fork of it.
+    `fork`: this process has one thread; the server is a fork of it, `spare` if there is one.
     """
     from sdeefs import public
 
@@ -180,8 +186,7 @@ def fuse_mount(layers: Layers, words: Sequence[str], fork: bool = False) -> tupl
     try:
         parsed = public.parse([",".join(options)])
         if fork:
-            public.preload()
-            server = _forked_server(parsed, fds)
+            server = (spare or SpareServer()).start(parsed, fds)
         else:
             server = public.start_server(parsed, pass_fds=fds)
     except (public.Refused, public.UsageError, OSError) as error:
@@ -189,43 +194,79 @@ def fuse_mount(layers: Layers, words: Sequence[str], fork: bool = False) -> tupl
     return server.mount_fd, server.pid, server.pidfd
 
 
-def _forked_server(options: Options, fds: Sequence[int]) -> Server:
+class SpareServer:
+    """A server to be: a fork of this process that waits for the options of its mount.
+
+    It holds nothing of its maker's but its end of a channel, and ends with it.
+    """
+
+    def __init__(self) -> None:
+        from sdeefs import public
+
+        public.preload()
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._pid = os.fork()
+            if not self._pid:
+                _serve(theirs)
+            self._pidfd = os.pidfd_open(self._pid)
+
+    def start(self, options: Options, fds: Sequence[int]) -> Server:
+        """Mount and serve. `fds`: the layers, lowers first, then upper and work. Closes this.
+
+        Raises public.Refused, public.UsageError, OSError.
+        """
+        from sdeefs import public
+
+        try:
+            socket.send_fds(self._channel, [pickle.dumps(options)], list(fds))
+            server = public.receive_server(self._channel, self._pid)
+        except BaseException:
+            self.discard()
+            raise
+        self._close()
+        return server
+
+    def alive(self) -> bool:
+        """Whether it still waits."""
+        return not select.select([self._pidfd], [], [], 0)[0]
+
+    def discard(self) -> None:
+        """End it."""
+        try:
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+        self._close()
+
+    def _close(self) -> None:
+        self._channel.close()
+        os.close(self._pidfd)
+
+
+def _serve(channel: socket.socket) -> NoReturn:
+    """In the fork: a server and nothing else."""
     from sdeefs import public
 
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    with ours, theirs:
-        pid = os.fork()
-        if not pid:
-            _serve(public.run_server, options, theirs, fds)
-        theirs.close()
-        try:
-            return public.receive_server(ours, pid)
-        except BaseException:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            raise
-
-
-def _serve(
-    run: Callable[..., int], options: Options, channel: socket.socket, fds: Sequence[int]
-) -> NoReturn:
-    """In the fork: a server and nothing else."""
     status = 1
     try:
         os.setsid()
-        keep = {0, 1, 2, channel.fileno(), *fds}
-        for entry in os.listdir("/proc/self/fd"):
-            if int(entry) not in keep:
-                try:
-                    os.close(int(entry))
-                except OSError:
-                    pass  # the one that read the list
+        os.dup2(channel.fileno(), _CHANNEL)
+        channel.detach()
+        os.closerange(_CHANNEL + 1, max(map(int, os.listdir("/proc/self/fd"))) + 1)
+        channel = socket.socket(fileno=_CHANNEL)
         null = os.open("/dev/null", os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)
         os.close(null)
-        set_title("sdeefs serve")
-        status = run(options, channel)
+        set_title("sdee-spare server")
+        data, fds, _, _ = socket.recv_fds(channel, 1 << 16, _MOST_LAYERS, socket.MSG_CMSG_CLOEXEC)
+        if data:
+            *lowers, upper, work = [b"/proc/self/fd/%d" % fd for fd in fds]
+            options = replace(pickle.loads(data), lowers=tuple(lowers), upper=upper, work=work)
+            set_title("sdeefs serve")
+            status = public.run_server(options, channel)
     except BaseException:
         traceback.print_exc()
     finally:

@@ -8,12 +8,15 @@ as arguments.
 from __future__ import annotations
 
 import os
+import pickle
 import select
 import signal
+import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 from mount_helpers import syscalls as sc
 from sdee_launch import init, join, membership
@@ -23,6 +26,9 @@ from sdee_launch.privileges import Guard
 
 #: Seconds in which an instance must stand.
 PATIENCE = 60.0
+#: The descriptor on which a spare waits.
+_CHANNEL = 3
+_MOST_FDS = 200  # in one message; Linux takes 253
 _FLAGS = {"uts": sc.CLONE_NEWUTS, "ipc": sc.CLONE_NEWIPC}
 
 
@@ -82,63 +88,112 @@ class Instance:
             pass
 
 
+class Spare:
+    """An init to be: it waits in new user and PID namespaces for the recipe of an instance.
+
+    Made before it is needed, it spares a request the clone. What it holds is its own end of the
+    channel; it has no descriptor of its maker's, and ends with it. Owns `channel` and `pidfd`.
+    """
+
+    def __init__(self, pid: int, pidfd: int, channel: socket.socket) -> None:
+        self.pid = pid
+        self.pidfd = pidfd
+        self._channel = channel
+
+    def become(self, recipe: Recipe, seconds: float = PATIENCE) -> int:
+        """Let it be the init of an instance; its pid. Closes this. Raises InstanceProblem."""
+        member = membership.make()
+        try:
+            data, fds = _pack(recipe)
+            try:
+                _send(self._channel, data, [member, *fds])
+            except OSError as error:
+                raise InstanceProblem(f"its init ended too early: {error.strerror}") from None
+            _wait_ready(self._channel, seconds)
+        except BaseException:
+            self.discard()
+            raise
+        finally:
+            os.close(member)
+        self._close()
+        return self.pid
+
+    def discard(self) -> None:
+        """End it."""
+        try:
+            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
+            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
+        except (ProcessLookupError, ChildProcessError):
+            pass
+        self._close()
+
+    def alive(self) -> bool:
+        """Whether it still waits: its owner may kill it."""
+        return not select.select([self.pidfd], [], [], 0)[0]
+
+    def _close(self) -> None:
+        self._channel.close()
+        os.close(self.pidfd)
+
+
+def prepare(
+    new_user_namespace: bool,
+    write_maps: Callable[[int], None] | None,
+    namespaces: Sequence[str] = (),
+) -> Spare:
+    """Clone an init to be, a child of the caller.
+
+    With `new_user_namespace` its owner is the effective user; `write_maps(pid)` is called once it
+    is there. Without, it belongs to the caller's own. For processes with one thread.
+    Raises InstanceProblem.
+    """
+    ours, its = socket.socketpair()
+    flags = sc.CLONE_NEWPID
+    if new_user_namespace:
+        flags |= sc.CLONE_NEWUSER
+    for name in namespaces:
+        flags |= _FLAGS[name]
+    try:
+        pid = sc.clone(flags)
+    except OSError as error:
+        ours.close()
+        its.close()
+        raise InstanceProblem(f"new namespaces: {error.strerror}") from None
+    if not pid:
+        _child(its)
+    its.close()
+    spare = Spare(pid, os.pidfd_open(pid), ours)
+    try:
+        if write_maps is not None:
+            write_maps(pid)
+        ours.send(b"x")
+    except OSError as error:
+        spare.discard()
+        raise InstanceProblem(f"the id maps of the instance: {error.strerror}") from None
+    return spare
+
+
 def create(
     recipe: Recipe,
     new_user_namespace: bool,
     write_maps: Callable[[int], None] | None,
     seconds: float = PATIENCE,
 ) -> int:
-    """Make the instance; gives the pid of its init, a child of the caller.
-
-    With `new_user_namespace` its owner is the effective user; `write_maps(pid)` is called once it
-    is there. Without, it belongs to the caller's own. For processes with one thread.
-    Raises InstanceProblem.
-    """
-    member = membership.make()
-    go_read, go_write = os.pipe2(os.O_CLOEXEC)
-    told_read, told_write = os.pipe2(os.O_CLOEXEC)
-    flags = sc.CLONE_NEWNS | sc.CLONE_NEWPID
-    if new_user_namespace:
-        flags |= sc.CLONE_NEWUSER
-    for name in recipe.namespaces:
-        flags |= _FLAGS[name]
-    try:
-        pid = sc.clone(flags)
-    except OSError as error:
-        for fd in (member, go_read, go_write, told_read, told_write):
-            os.close(fd)
-        raise InstanceProblem(f"new namespaces: {error.strerror}") from None
-    if not pid:
-        _child(recipe, go_read, go_write, told_read, told_write, member)
-    for fd in (member, go_read, told_write):
-        os.close(fd)
-    try:
-        try:
-            if write_maps is not None:
-                write_maps(pid)
-            os.write(go_write, b"x")
-        except OSError as error:
-            raise InstanceProblem(f"the id maps of the instance: {error.strerror}") from None
-        finally:
-            os.close(go_write)
-        _wait_ready(told_read, seconds)
-    except BaseException:
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-        raise
-    finally:
-        os.close(told_read)
-    return pid
+    """`prepare` and `Spare.become` in one: the pid of the init. Raises InstanceProblem."""
+    return prepare(new_user_namespace, write_maps, recipe.namespaces).become(recipe, seconds)
 
 
-def _wait_ready(told: int, seconds: float) -> None:
+def _wait_ready(channel: socket.socket, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     text = b""
     while not text.endswith(b"\n"):
         left = deadline - time.monotonic()
-        if left <= 0 or not select.select([told], [], [], left)[0]:
+        if left <= 0 or not select.select([channel], [], [], left)[0]:
             raise InstanceProblem(f"not ready within {seconds:g} s")
-        part = os.read(told, 4096)
+        try:
+            part = channel.recv(4096)
+        except ConnectionResetError:
+            part = b""
         if not part:
             raise InstanceProblem("its init ended before it was ready")
         text += part
@@ -146,41 +201,112 @@ def _wait_ready(told: int, seconds: float) -> None:
         raise InstanceProblem(text.decode("utf-8", "replace").strip())
 
 
-def _child(
-    recipe: Recipe, go_read: int, go_write: int, told_read: int, told_write: int, member: int
-) -> None:
-    """The child of `create`: never returns."""
+def _pack(recipe: Recipe) -> tuple[bytes, list[int]]:
+    """A recipe with places in the list of descriptors where it has descriptors."""
+    fds: list[int] = []
+
+    def place(fd: int) -> int:
+        fds.append(fd)
+        return len(fds) - 1
+
+    material = recipe.material
+    packed = replace(
+        recipe,
+        material=replace(
+            material,
+            mounts=[(point, place(fd)) for point, fd in material.mounts],
+            private={name: place(fd) for name, fd in material.private.items()},
+            extra=[(target, place(fd)) for target, fd in material.extra],
+        ),
+        servers=[(pid, place(fd)) for pid, fd in recipe.servers],
+        lock=None if recipe.lock is None else place(recipe.lock),
+    )
+    return pickle.dumps(packed), fds
+
+
+def _unpack(data: bytes, fds: Sequence[int]) -> Recipe:
+    packed = pickle.loads(data)  # from our own parent
+    assert isinstance(packed, Recipe)
+    material = packed.material
+    return replace(
+        packed,
+        material=replace(
+            material,
+            mounts=[(point, fds[n]) for point, n in material.mounts],
+            private={name: fds[n] for name, n in material.private.items()},
+            extra=[(target, fds[n]) for target, n in material.extra],
+        ),
+        servers=[(pid, fds[n]) for pid, n in packed.servers],
+        lock=None if packed.lock is None else fds[packed.lock],
+    )
+
+
+def _send(channel: socket.socket, data: bytes, fds: Sequence[int]) -> None:
+    head = len(data).to_bytes(4, "big")
+    for start in range(0, len(fds), _MOST_FDS):
+        part = fds[start : start + _MOST_FDS]
+        more = b"+" if start + _MOST_FDS < len(fds) else b"."
+        socket.send_fds(channel, [more], part)
+    channel.sendall(head + data)
+
+
+def _receive(channel: socket.socket) -> tuple[bytes, list[int]] | None:
+    """What `_send` sent; None if the maker is gone."""
+    fds: list[int] = []
+    more = b"+"
+    while more == b"+":
+        more, got, _, _ = socket.recv_fds(channel, 1, _MOST_FDS, socket.MSG_CMSG_CLOEXEC)
+        fds += got
+    if not more:
+        return None
+    head = channel.recv(4, socket.MSG_WAITALL)
+    data = channel.recv(int.from_bytes(head, "big"), socket.MSG_WAITALL)
+    return data, fds
+
+
+def _child(channel: socket.socket) -> NoReturn:
+    """The child of `prepare`."""
     try:
+        # Nothing of the maker's is held while waiting, what it serves and locks above all.
+        os.dup2(channel.fileno(), _CHANNEL)
+        channel.detach()
+        os.closerange(_CHANNEL + 1, max(map(int, os.listdir("/proc/self/fd"))) + 1)
+        channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, _CHANNEL)
+        if not channel.recv(1):
+            os._exit(1)
+        _become_root()
+        for number in range(1, signal.NSIG):
+            if signal.getsignal(number) not in (signal.SIG_DFL, None):
+                signal.signal(number, signal.SIG_DFL)
+        os.setsid()
+        os.umask(0o022)
+        init.set_title("sdee-spare init")
+        got = _receive(channel)
+        if got is None:
+            os._exit(0)
+        data, (member, *fds) = got
         try:
-            os.close(go_write)
-            os.close(told_read)
-            if not os.read(go_read, 1):
-                os._exit(1)
-            _become_root()
-            for number in range(1, signal.NSIG):
-                if signal.getsignal(number) not in (signal.SIG_DFL, None):
-                    signal.signal(number, signal.SIG_DFL)
-            os.setsid()
-            os.umask(0o022)
+            recipe = _unpack(data, fds)
+            sc.unshare(sc.CLONE_NEWNS)
             assemble(recipe.plan, recipe.material)
-            init.set_title(f"sdee-init {recipe.name}")
             join.apply_guard(
                 recipe.guard.capabilities, recipe.guard.seccomp, recipe.guard.no_new_privs
             )
             others = [fd for _, fd in recipe.servers]
             if recipe.lock is not None:
                 others.append(recipe.lock)
-            told = [told_write]
-            kept = init.keep_only(member, [*others, *told])
+            kept = init.keep_only(member, [*others, channel.fileno()])
+            channel.detach()
             os.write(kept[-1], b"ok\n")
             os.close(kept[-1])
+            init.set_title(f"sdee-init {recipe.name}")
             init.run(kept[: len(recipe.servers)], recipe.lasting)
         except (AssemblyFailed, OSError) as error:
             line = str(error).replace("\n", " ")
-            os.write(told_write, f"{line}\n".encode("utf-8", "replace"))
+            channel.sendall(f"{line}\n".encode("utf-8", "replace"))
         except BaseException:
             line = traceback.format_exc().strip().replace("\n", " | ")
-            os.write(told_write, f"{line[-1500:]}\n".encode("utf-8", "replace"))
+            channel.sendall(f"{line[-1500:]}\n".encode("utf-8", "replace"))
     finally:
         os._exit(1)
 

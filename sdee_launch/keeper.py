@@ -26,6 +26,8 @@ from typing import Any
 from sdee_launch import protocol
 from sdee_launch.init import set_title
 
+#: Seconds that what was prepared for the next request is kept.
+_WARM = 60.0
 #: The most bytes of a request to a keeper or of its answer.
 MAX_MESSAGE = 8 * 1024 * 1024
 
@@ -124,9 +126,12 @@ def _keeper(sock: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)  # the wake-up tells
     signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
     send(sock, {"pid": os.getpid()}, [])
+    warm = False
     while True:
         # Inits of instances are children of this process: none may stay as a zombie.
-        ready, _, _ = select.select([sock.fileno(), wake], [], [])
+        ready, _, _ = select.select([sock.fileno(), wake], [], [], _WARM if warm else None)
+        if not ready:
+            warm = _cool()
         if wake in ready:
             os.read(wake, 4096)
             _reap()
@@ -142,6 +147,8 @@ def _keeper(sock: socket.socket) -> None:
         with socket.socket(fileno=fds[0]) as answer_to:
             if message["do"] == "make":
                 _answer(answer_to, make, message, fds[1:])
+                answer_to.close()
+                warm = _settle()
             elif not os.fork():
                 try:
                     sock.close()
@@ -153,6 +160,25 @@ def _keeper(sock: socket.socket) -> None:
                     os._exit(0)
         for fd in fds[1:]:
             os.close(fd)
+
+
+def _settle() -> bool:
+    """After an answer: what can wait until then, and what the next one can start from."""
+    from sdee_launch import site
+
+    try:
+        site.settle()
+    except (OSError, site.InstanceProblem) as error:
+        print(f"sdeed: nothing is prepared: {error}", file=sys.stderr)
+    return True
+
+
+def _cool() -> bool:
+    """Nobody asked for a while: nothing of the user's stays but this process."""
+    from sdee_launch import site
+
+    site.discard_spares()
+    return False
 
 
 def _reap() -> None:

@@ -9,6 +9,7 @@ namespace gives its owner every capability in it again, so each join applies the
 from __future__ import annotations
 
 import errno
+import functools
 import os
 import struct
 from collections.abc import Collection, Iterable
@@ -172,4 +173,9 @@ def make_guard(
     for name in allowed_calls:
         if name not in _REFUSED:
             raise ValueError(f"{name} is no call that is refused")
-    return Guard(capability_mask(capabilities), seccomp_filter(allowed=allowed_calls), no_new_privs)
+    return _guard(tuple(capabilities), tuple(allowed_calls), no_new_privs)
+
+
+@functools.lru_cache(maxsize=16)
+def _guard(capabilities: tuple[str, ...], allowed: tuple[str, ...], no_new_privs: bool) -> Guard:
+    return Guard(capability_mask(capabilities), seccomp_filter(allowed=allowed), no_new_privs)

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mount_helpers import syscalls as sc
-from mount_helpers.mountinfo import read_mounts
+from mount_helpers.mountinfo import parse_line
 from mount_helpers.namespaces import user_namespace, write_id_maps
 from sdee_launch import engines, environments, layers, plan, protocol, workload
 from sdee_launch.accounts import Account, IdMaps, id_maps, lower_maps
@@ -22,7 +22,7 @@ from sdee_launch.assemble import Material, clone_private
 from sdee_launch.config import Settings
 from sdee_launch.engines import EngineProblem, Layers, Merged
 from sdee_launch.environments import Busy, Denied, Environment, EnvironmentProblem
-from sdee_launch.instance import Instance, InstanceProblem, Recipe, create
+from sdee_launch.instance import Instance, InstanceProblem, Recipe, Spare, prepare
 
 __all__ = [
     "EngineProblem",
@@ -31,9 +31,11 @@ __all__ = [
     "InstanceProblem",
     "JobLayers",
     "as_user",
+    "discard_spares",
     "make_instance",
     "open_environment",
     "prepare_store",
+    "settle",
 ]
 
 #: Seconds to wait for an instance of the same environment that is just ending.
@@ -110,6 +112,7 @@ def make_instance(
 
     `masks`: the mask tree (masks.py) for each engine. `job`: layers in place of the environment's
     own, `environment` is None then. `lasting`: it lives until it is killed, with members or not.
+    The caller calls `settle` when it has told of the instance.
     Raises Denied where only the user can make it, EngineProblem, EnvironmentProblem,
     InstanceProblem, plan.PlanProblem, OSError.
     """
@@ -127,7 +130,7 @@ def make_instance(
     maps = id_maps(user)
     made_plan = _plan(user, settings, [*settings.binds, *(own.binds if own else ()), *binds])
     volatile = settings.volatile if own is None or own.volatile is None else own.volatile
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack, contextlib.ExitStack() as mounts:
         lock = None
         if environment is not None:
             name = environment.name
@@ -147,16 +150,16 @@ def make_instance(
                 ),
             },
         )
-        stack.callback(merged.close)
+        mounts.callback(merged.close)
         private: dict[str, int] = {}
         if environment is not None:
             with as_user(user):
                 opened = environment.open_private(made_plan)
             for key, fd in opened.items():
-                stack.callback(os.close, fd)
+                mounts.callback(os.close, fd)
                 private[key] = clone_private(fd)
-                stack.callback(os.close, private[key])
-        extra, files, links = _daemon_inside(name, stack)
+                mounts.callback(os.close, private[key])
+        extra, files, links = _daemon_inside(name, mounts)
         guard = settings.guard()
         recipe = Recipe(
             name=name,
@@ -168,9 +171,11 @@ def make_instance(
             lasting=lasting,
             namespaces=settings.namespaces,
         )
-        with as_user(user):
-            # The owner of the user namespace is whoever makes it: the user, who may then join it.
-            pid = create(recipe, True, lambda p: _write_maps(p, maps))
+        kind = (user, maps, settings.namespaces)
+        pid = (_take_spare(kind) or _make_spare(kind)).become(recipe)
+        # The kernel takes its time to close mounts that are attached nowhere.
+        _next.closing = mounts.pop_all()
+        _next.kind, _next.engine = kind, merged.engine
         servers = [pid_ for pid_, _ in merged.servers]
         manager = workload.workload()
         join: dict[str, object] = {
@@ -179,6 +184,77 @@ def make_instance(
             "environment": dict(manager.environment()) if manager is not None else {},
         }
         return Instance(pid, merged.engine, servers, join)
+
+
+#: Whose init it is, its maps, and its private namespaces beside the usual.
+_Kind = tuple[Account, IdMaps, tuple[str, ...]]
+
+
+@dataclass
+class _Next:
+    """What is left over from the last instance, and what stands ready for the next."""
+
+    closing: contextlib.ExitStack | None = None
+    kind: _Kind | None = None
+    spare: tuple[_Kind, Spare] | None = None
+    engine: str = ""
+    server: engines.SpareServer | None = None
+
+
+_next = _Next()
+
+
+def settle() -> None:
+    """Close what the last instance was made of, and have an init and a server ready for another.
+
+    Raises OSError, InstanceProblem.
+    """
+    if _next.closing is not None:
+        _next.closing.close()
+        _next.closing = None
+    if _next.kind is not None and _next.spare is None:
+        _next.spare = (_next.kind, _make_spare(_next.kind))
+    if _next.engine == engines.FUSE and _next.server is None:
+        _next.server = engines.SpareServer()
+    _next.kind, _next.engine = None, ""
+
+
+def discard_spares() -> None:
+    """End what stands ready."""
+    if _next.spare is not None:
+        _next.spare[1].discard()
+        _next.spare = None
+    if _next.server is not None:
+        _next.server.discard()
+        _next.server = None
+
+
+def _make_spare(kind: _Kind) -> Spare:
+    """An init to be. Its owner, who may join its namespaces, is the user. Raises InstanceProblem."""
+    user, maps, namespaces = kind
+    with as_user(user):
+        return prepare(True, lambda pid: _write_maps(pid, maps), namespaces)
+
+
+def _take_spare(kind: _Kind) -> Spare | None:
+    """The one that stands ready, if it is of this kind and still there."""
+    if _next.spare is None:
+        return None
+    found, spare = _next.spare
+    _next.spare = None
+    if found == kind and spare.alive():
+        return spare
+    spare.discard()
+    return None
+
+
+def _take_server() -> engines.SpareServer | None:
+    """The server that stands ready, if it is still there."""
+    server, _next.server = _next.server, None
+    if server is None or server.alive():
+        return server
+    server.discard()
+    return None
 
 
 def _write_maps(pid: int, maps: IdMaps) -> None:
@@ -193,9 +269,14 @@ def _write_maps(pid: int, maps: IdMaps) -> None:
         os.seteuid(euid)
 
 
+_last_plan: tuple[object, plan.Plan] | None = None
+
+
 def _plan(user: Account, settings: Settings, binds: Sequence[str]) -> plan.Plan:
-    mounts = read_mounts()
-    files = {m.point for m in mounts if plan.below(m.point, b"/etc") and _is_file(m.point)}
+    """The plan of an instance; the last one where nothing that it is made from has changed."""
+    global _last_plan
+    with open("/proc/self/mountinfo", "rb") as file:
+        mountinfo = file.read()
     wanted = [plan.parse_bind(text) for text in binds]
     manager = workload.workload()
     if manager is not None:
@@ -203,7 +284,13 @@ def _plan(user: Account, settings: Settings, binds: Sequence[str]) -> plan.Plan:
             plan.Bind(os.fsencode(b.source), os.fsencode(b.target), b.readonly)
             for b in manager.binds()
         ]
-    return plan.make_plan(mounts, files, user, settings, wanted)
+    # On a host with a hundred mounts this is a good part of an instance's making.
+    key = (mountinfo, user, settings, wanted)
+    if _last_plan is None or _last_plan[0] != key:
+        mounts = [parse_line(line) for line in mountinfo.splitlines(keepends=True)]
+        files = {m.point for m in mounts if plan.below(m.point, b"/etc") and _is_file(m.point)}
+        _last_plan = (key, plan.make_plan(mounts, files, user, settings, wanted))
+    return _last_plan[1]
 
 
 def _is_file(point: bytes) -> bool:
@@ -389,7 +476,10 @@ def _fuse(
             lower = _bare(point)
             merged.fds.append(lower)
             mount, pid, pidfd = engines.fuse_mount(
-                Layers(point, (*lowers, lower), upper, work), [*words, *own], fork=True
+                Layers(point, (*lowers, lower), upper, work),
+                [*words, *own],
+                fork=True,
+                spare=_take_server(),
             )
             merged.mounts.append((point, mount))
             merged.servers.append((pid, pidfd))
