@@ -16,6 +16,11 @@ def main() -> int:
         if sys.stdout is not None:  # None: it was closed
             sys.stdout.flush()
         os._exit(status)  # taking the interpreter down takes a millisecond, and has nothing to do
+    if arguments == ["--version"]:
+        import sdeefs
+
+        print(f"sdee {sdeefs.__version__}")
+        return 0
     from sdee_launch import cli
 
     return cli.main(arguments)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
-from collections.abc import Callable, Sequence
-from importlib.util import find_spec
-from typing import Any, cast
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable, Sequence
+    from typing import Any
 
 #: Words that a module adds to the parser itself, by add_parser(subparsers).
 _MODULES = {
@@ -58,22 +60,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_HELP)
         return 0 if words else 2
     word = words[0]
-    if word == "--version":
-        from importlib.metadata import version
-
-        print(f"sdee {version('sdee')}")
-        return 0
     if word in ("run", "shell"):
         print(_HELP)
         return 0
     if word in _FUNCTIONS:
         module, _, name = _FUNCTIONS[word].partition(":")
-        function = cast(Callable[[list[str]], int], getattr(importlib.import_module(module), name))
+        function: Callable[[list[str]], int] = getattr(importlib.import_module(module), name)
         return function(words[1:])
     module_name = _MODULES.get(word)
-    if module_name is None or find_spec(module_name) is None:
+    if module_name is None:
         print(f"sdee: {word} is no command; sdee --help lists them", file=sys.stderr)
         return 2
+    import argparse
+
     parser = argparse.ArgumentParser(prog="sdee")
     subparsers = parser.add_subparsers(required=True)
     importlib.import_module(module_name).add_parser(subparsers)

@@ -10,10 +10,10 @@ import os
 import signal
 import time
 from dataclasses import asdict
-from importlib import metadata
 
 import trio
 
+import sdeefs
 from sdee_launch import instances, masks, membership
 from sdee_launch.accounts import Account, account_of
 from sdee_launch.daemon import Daemon
@@ -23,7 +23,7 @@ from sdee_launch.instances import Process, Record
 from sdee_launch.process_list import describe_process
 from sdee_launch.protocol import Refused
 
-VERSION = metadata.version("sdee")
+VERSION = sdeefs.__version__
 ENGINES = ("auto", "kernel", "fuse")
 
 

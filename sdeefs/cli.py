@@ -1,15 +1,18 @@
 """The command line of `sdeefs`: its parser, its help, and its exit codes.
 
-Each command's room is imported when it runs: `--help`, usage errors and `status` stay quick.
+Each command's room is imported when it runs, and only its part of the command line is made:
+`--help`, usage errors and `status` stay quick.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib
 import os
 import sys
-from collections.abc import Sequence
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Sequence
 
 OK, FAILURE, USAGE = 0, 1, 2
 
@@ -70,8 +73,10 @@ options (-o NAME[=VALUE],...; `\,` is a comma and, in lowerdir, `\:` a colon of 
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """The whole command line."""
+def parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The whole command line, or the part of one command."""
+    import argparse
+
     raw = argparse.RawDescriptionHelpFormatter
     top = argparse.ArgumentParser(
         "sdeefs", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=raw, allow_abbrev=False
@@ -91,7 +96,13 @@ def parser() -> argparse.ArgumentParser:
             allow_abbrev=False,
         )
 
-    mount = command("mount", "mount UPPER over LOWER at MERGED", _MOUNT, _OPTIONS)
+    for name, (summary, description, epilog, arguments) in _COMMANDS.items():
+        if only in (None, name):
+            arguments(command(name, summary, description, epilog))
+    return top
+
+
+def _mount_arguments(mount: argparse.ArgumentParser) -> None:
     mount.add_argument("places", nargs="*", metavar="[UPPER LOWER] MERGED")
     mount.add_argument(
         "--workdir", metavar="DIR", help="on upper's filesystem (default: UPPER.work, made)"
@@ -117,62 +128,80 @@ def parser() -> argparse.ArgumentParser:
         "-v", "--verbose", action="store_true", help="say which engine serves, and why"
     )
 
-    umount = command(
-        "umount",
-        "unmount MERGED and wait for its server's end",
-        "Unmount MERGED and wait until its server has ended, so that UPPER is free again.",
-    )
+
+def _umount_arguments(umount: argparse.ArgumentParser) -> None:
     umount.add_argument("merged", metavar="MERGED", nargs="+")
     umount.add_argument("-l", "--lazy", action="store_true", help="even while it is in use")
     umount.add_argument(
         "--force", action="store_true", help="abort the connection of a server that hangs, end it"
     )
 
-    status = command(
-        "status",
-        "list mounts and what their servers do",
-        "For each mount: engine, transport, data path, requests served, nodes and descriptors\n"
-        "held, memory. A server that doesn't answer is listed as stuck.",
-    )
+
+def _status_arguments(status: argparse.ArgumentParser) -> None:
     status.add_argument("merged", metavar="MERGED", nargs="?")
     status.add_argument("--json", action="store_true")
 
-    diff = command(
-        "diff",
-        "list what UPPER changes in LOWER",
-        "One line for each difference, mounted or not:\n"
-        "  A added   C changed   D deleted   O opaque directory (hides all of lower's)\n"
-        "  T of another type   R directory moved from elsewhere in lower",
-    )
+
+def _diff_arguments(diff: argparse.ArgumentParser) -> None:
     diff.add_argument("upper", metavar="UPPER")
     diff.add_argument("lower", metavar="LOWER", nargs="+", help="topmost first")
     diff.add_argument("--prefix-whiteouts", action="store_true", help="read .wh.NAME as deletions")
     diff.add_argument("--no-owners", action="store_true", help="don't compare uids and gids")
     diff.add_argument("--json", action="store_true")
 
-    fsck = command(
-        "fsck",
-        "check an unmounted UPPER",
-        "Look for left-over work files, broken whiteouts and opaque marks, overlay xattrs that\n"
-        "have no meaning here, and (with LOWER) redirects that lead nowhere.",
-    )
+
+def _fsck_arguments(fsck: argparse.ArgumentParser) -> None:
     fsck.add_argument("upper", metavar="UPPER")
     fsck.add_argument("lower", metavar="LOWER", nargs="*", help="topmost first")
     fsck.add_argument("--workdir", metavar="DIR", help="default: UPPER.work")
     fsck.add_argument("--repair", action="store_true", help="mend what can be mended")
     fsck.add_argument("--json", action="store_true")
 
-    doctor = command(
-        "doctor",
+
+def _doctor_arguments(doctor: argparse.ArgumentParser) -> None:
+    doctor.add_argument("upper", metavar="UPPER", nargs="?", help="default: /var/tmp")
+    doctor.add_argument("--json", action="store_true")
+
+
+#: Each command: its line in the help, its description, what follows its options, its arguments.
+_COMMANDS = {
+    "mount": ("mount UPPER over LOWER at MERGED", _MOUNT, _OPTIONS, _mount_arguments),
+    "umount": (
+        "unmount MERGED and wait for its server's end",
+        "Unmount MERGED and wait until its server has ended, so that UPPER is free again.",
+        "",
+        _umount_arguments,
+    ),
+    "status": (
+        "list mounts and what their servers do",
+        "For each mount: engine, transport, data path, requests served, nodes and descriptors\n"
+        "held, memory. A server that doesn't answer is listed as stuck.",
+        "",
+        _status_arguments,
+    ),
+    "diff": (
+        "list what UPPER changes in LOWER",
+        "One line for each difference, mounted or not:\n"
+        "  A added   C changed   D deleted   O opaque directory (hides all of lower's)\n"
+        "  T of another type   R directory moved from elsewhere in lower",
+        "",
+        _diff_arguments,
+    ),
+    "fsck": (
+        "check an unmounted UPPER",
+        "Look for left-over work files, broken whiteouts and opaque marks, overlay xattrs that\n"
+        "have no meaning here, and (with LOWER) redirects that lead nowhere.",
+        "",
+        _fsck_arguments,
+    ),
+    "doctor": (
         "try what this kernel, machine and account can do",
         "Try everything that sdeefs can use, with trial mounts on the filesystem of UPPER, and\n"
         "say for each what was tried, whether it works, and how to mend it.",
-    )
-    doctor.add_argument("upper", metavar="UPPER", nargs="?", help="default: /var/tmp")
-    doctor.add_argument("--json", action="store_true")
-    return top
-
-
+        "",
+        _doctor_arguments,
+    ),
+}
 _ROOMS = {
     "mount": "sdeefs.mount_command",
     "umount": "sdeefs.umount_command",
@@ -198,17 +227,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from sdeefs.public import serve_command  # the process of `sdeefs.public.start_server()`
 
         return serve_command(int(words[1]))
-    parsed = parser().parse_args(words)
-    if parsed.version:
+    if words == ["--version"]:
         import sdeefs
 
         print(f"sdeefs {sdeefs.__version__}")
         return OK
+    parsed = parser(words[0] if words and words[0] in _ROOMS else None).parse_args(words)
+    if parsed.version:
+        return main(["--version"])
     if parsed.command is None:
         parser().print_help()
         return USAGE
-    from sdeefs.options import UsageError
-    from sdeefs.refusals import Refused
+    import importlib
 
     try:
         status = importlib.import_module(_ROOMS[parsed.command]).run(parsed)
@@ -217,9 +247,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return FAILURE
-    except (UsageError, Refused, OSError, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as error:
         from sdeefs.background import complaint
+        from sdeefs.options import UsageError
+        from sdeefs.refusals import Refused
 
+        if not isinstance(error, (UsageError, Refused, OSError, KeyboardInterrupt)):
+            raise
         status, line = complaint(error)
         print(f"sdeefs {parsed.command}: {line}", file=sys.stderr)
         return status

@@ -10,23 +10,26 @@ from __future__ import annotations
 import errno
 import json
 import os
-import socket
 import stat
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import socket
+    from collections.abc import Iterator
+    from pathlib import Path
+    from typing import Any
 
 
-def _candidates() -> Iterator[Path]:
+def _candidates() -> Iterator[str]:
     if os.geteuid() == 0:
-        yield Path("/run/sdeefs")
+        yield "/run/sdeefs"
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime:
-        yield Path(runtime) / "sdeefs"
-    yield Path(f"/tmp/sdeefs-{os.geteuid()}")
+        yield os.path.join(runtime, "sdeefs")
+    yield f"/tmp/sdeefs-{os.geteuid()}"
 
 
-def _ours(directory: Path) -> bool:
+def _ours(directory: str) -> bool:
     """A directory (no link) that only we can write to: others must not plant records."""
     try:
         found = os.lstat(directory)
@@ -42,13 +45,15 @@ def _ours(directory: Path) -> bool:
 
 def runtime_directory() -> Path | None:
     """The directory for a new server, made if need be; None where none can be had."""
+    from pathlib import Path
+
     for directory in _candidates():
         try:
-            directory.mkdir(mode=0o700)
+            os.mkdir(directory, 0o700)
         except OSError:
             pass
         if _ours(directory):
-            return directory
+            return Path(directory)
     return None
 
 
@@ -58,13 +63,17 @@ def records() -> list[dict[str, Any]]:
     for directory in _candidates():
         if not _ours(directory):
             continue
-        for file in sorted(directory.glob("*.json")):
+        for name in sorted(os.listdir(directory)):
+            if not name.endswith(".json"):
+                continue
+            path = os.path.join(directory, name)
             try:
-                record = json.loads(file.read_text())
+                with open(path, encoding="utf-8") as file:
+                    record = json.load(file)
             except (OSError, ValueError):
                 continue
             if isinstance(record, dict):
-                found.append({**record, "file": str(file)})
+                found.append({**record, "file": path})
     return found
 
 
@@ -73,7 +82,9 @@ def ask(record: dict[str, Any], seconds: float = 2.0) -> dict[str, Any] | None:
 
     Raises ConnectionRefusedError or FileNotFoundError where there is no server any more.
     """
-    path = str(Path(record["file"]).with_suffix(".sock"))
+    import socket
+
+    path = os.path.splitext(record["file"])[0] + ".sock"
     answer = b""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(seconds)
@@ -94,7 +105,7 @@ def forget(record: dict[str, Any]) -> None:
     """Remove the files of a server that is gone."""
     for suffix in (".sock", ".json"):
         try:
-            Path(record["file"]).with_suffix(suffix).unlink()
+            os.unlink(os.path.splitext(record["file"])[0] + suffix)
         except OSError:
             pass
 
@@ -110,6 +121,8 @@ class Control:
     @classmethod
     def open(cls) -> Control | None:
         """Listen under the number of this process; None where there is no place for a socket."""
+        import socket
+
         directory = runtime_directory()
         if directory is None:
             return None
@@ -146,6 +159,8 @@ class Control:
 
 
 def _answers(path: Path) -> bool:
+    import socket
+
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(1)
         try:

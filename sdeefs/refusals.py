@@ -17,9 +17,8 @@ from contextlib import contextmanager
 
 from mount_helpers.mountinfo import Mount, mount_at, read_mounts
 from mount_helpers.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, umount2
+from sdeefs import OUR_TYPE as OUR_TYPE
 from sdeefs.options import Options, UsageError
-
-OUR_TYPE = "fuse.sdeefs"
 
 
 class Refused(Exception):

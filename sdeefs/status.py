@@ -5,16 +5,18 @@ Nothing here touches a mount: a server that hangs is listed as stuck, within two
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import time
-from pathlib import Path
-from typing import Any
 
 from mount_helpers.mountinfo import read_mounts
+from sdeefs import OUR_TYPE
 from sdeefs.control import ask, forget, records
-from sdeefs.refusals import OUR_TYPE, absolute
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+    from typing import Any
 
 OK, FAILURE = 0, 1
 
@@ -48,8 +50,8 @@ def collect() -> list[dict[str, Any]]:
         state = "dead" if dead else state
         entry = {**record, **(answer or {}), "state": state, "mounted_at": here}
         entry["memory"] = None if state == "dead" else _memory(entry.get("pid"))
-        log = Path(record["file"]).with_suffix(".log")
-        entry["log"] = str(log) if log.exists() and log.stat().st_size else None
+        log = os.path.splitext(record["file"])[0] + ".log"
+        entry["log"] = log if os.path.exists(log) and os.stat(log).st_size else None
         del entry["file"]
         found.append(entry)
     for minor, here in points.items():
@@ -73,11 +75,10 @@ def collect() -> list[dict[str, Any]]:
 
 def _memory(pid: object) -> int | None:
     """Resident bytes of a server."""
-    import psutil
-
     try:
-        return int(psutil.Process(int(str(pid))).memory_info().rss)
-    except (psutil.Error, ValueError):
+        with open(f"/proc/{int(str(pid))}/statm", "rb") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGESIZE")
+    except (OSError, ValueError, IndexError):
         return None
 
 
@@ -85,6 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
     """The command."""
     found = collect()
     if arguments.merged is not None:
+        from sdeefs.refusals import absolute
+
         wanted = os.fsdecode(absolute(os.fsencode(arguments.merged)))
         found = [e for e in found if wanted == e["merged"] or wanted in e["mounted_at"]]
         if not found:
