@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from sdee_launch import config, daemon_ops, instances, keeper, protocol
+from sdee_launch import config, daemon_ops, instances, keeper, mask_live, protocol
 from sdee_launch.daemon_ops import Request
 from sdee_launch.daemon_wire import listening_socket, notify, receive, send
 from sdee_launch.instances import Record, Registry
@@ -313,8 +313,22 @@ class Daemon:
         if done.returncode:
             raise RuntimeError(f"mask_scan ended with {done.returncode}")
         await trio.to_thread.run_sync(self.masks.accept, done.stdout.decode("ascii"), started)
+        await self._hide_from_live()
         self.masks.prune([record.mask for record in self.registry.of()])
         self.masks_ready.set()
+
+    async def _hide_from_live(self) -> None:
+        """What is secret now is so in the instances that live, too."""
+        from sdee_launch.daemon_requests import owner_of
+
+        for record in self.registry.of():
+            try:
+                owner = await owner_of(record.uid)
+                gids = (owner.gid, *owner.groups)
+                if await trio.to_thread.run_sync(mask_live.hide, self.masks, record, gids):
+                    log.info("more is hidden in %s of uid %d", record.environment, record.uid)
+            except (OSError, RuntimeError, Refused) as error:
+                log.error("hide from %s of uid %d: %s", record.environment, record.uid, error)
 
     async def _close_idle_keepers(self) -> None:
         while True:

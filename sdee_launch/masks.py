@@ -7,9 +7,10 @@ lets it be replaced or removed. For sdeefs, which applies the rule itself, the l
 stand-ins.
 
 A tree mirrors the host's paths from / on: the mask of a lower that is mounted at /usr is its `usr`
-(`sub_layer`). Trees are immutable and named by what is in them, below DIRECTORY/trees; a new scan
-makes a new tree, and live instances keep theirs. DIRECTORY is a tmpfs of the daemon's own: overlayfs
-refuses two lowers of which one lies below the other (ELOOP), and lower is all of /.
+(`sub_layer`). Trees are named by what is in them, below DIRECTORY/trees; a new scan makes a new
+tree, and what it found more is added to those of live instances (`extend`). DIRECTORY is a tmpfs of
+the daemon's own: overlayfs refuses two lowers of which one lies below the other (ELOOP), and lower
+is all of /.
 """
 
 from __future__ import annotations
@@ -69,13 +70,15 @@ def plan(
 ) -> dict[bytes, Node]:
     """The nodes of a mask for one user, by path, parents first, without doing anything.
 
-    `hidden` is what the user may not read, as `mask_scan.hidden_from` gives it.
+    `hidden` is what the user may not read, as `mask_scan.hidden_from` gives it; what is in a
+    directory that was removed since then is left out.
     """
     nodes: dict[bytes, Node] = {}
     for item in hidden:
         node = _node(item, kind, rule, root)
         if node is not None:
             nodes[item.path] = node
+    gone: set[bytes] = set()
     for path in list(nodes):
         for parent in mask_scan.parents(path):
             if parent in nodes:
@@ -83,11 +86,17 @@ def plan(
             try:
                 status = os.lstat(os.path.join(os.fsencode(root), parent))
             except OSError:
+                gone.add(parent)
                 continue
-            nodes[parent] = Node(
-                parent, stat.S_IMODE(status.st_mode) | stat.S_IFDIR, status.st_uid, status.st_gid
-            )
-    return dict(sorted(nodes.items()))
+            if not stat.S_ISDIR(status.st_mode):
+                gone.add(parent)
+                continue
+            nodes[parent] = Node(parent, status.st_mode, status.st_uid, status.st_gid)
+    return {
+        path: node
+        for path, node in sorted(nodes.items())
+        if not gone or gone.isdisjoint(mask_scan.parents(path))
+    }
 
 
 def _node(item: Hidden, kind: str, rule: Rule, root: str) -> Node | None:
@@ -131,22 +140,48 @@ def build(nodes: dict[bytes, Node], target: str) -> None:
         os.chmod(temporary, 0o755)
         base = os.fsencode(temporary)
         for node in nodes.values():
-            path = os.path.join(base, node.path)
-            if stat.S_ISDIR(node.mode):
-                os.mkdir(path, 0o700)
-                if node.opaque:
-                    os.setxattr(path, b"user.overlay.opaque", b"y")
-            else:
-                fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-                try:
-                    os.write(fd, node.content)
-                finally:
-                    os.close(fd)
-            os.chown(path, node.uid, node.gid)
-            os.chmod(path, stat.S_IMODE(node.mode))
+            _make(node, os.path.join(base, node.path))
         os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _make(node: Node, path: bytes) -> None:
+    if stat.S_ISDIR(node.mode):
+        os.mkdir(path, 0o700)
+        if node.opaque:
+            os.setxattr(path, b"user.overlay.opaque", b"y")
+    else:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            os.write(fd, node.content)
+        finally:
+            os.close(fd)
+    os.chown(path, node.uid, node.gid)
+    os.chmod(path, stat.S_IMODE(node.mode))
+
+
+def _add(node: Node, tree: bytes, temporary: bytes) -> bool:
+    """Put a node into a tree that is in use, with one rename; whether it wasn't there.
+
+    What stands in the way (an object of another type in an older tree) stays. Raises OSError.
+    """
+    target = os.path.join(tree, node.path)
+    try:
+        there = os.lstat(target).st_mode
+    except NotADirectoryError:
+        return False
+    except FileNotFoundError:
+        _make(node, temporary)
+        os.rename(temporary, target)
+        return True
+    if not (node.opaque and stat.S_ISDIR(there)):
+        return False
+    try:
+        os.setxattr(target, b"user.overlay.opaque", b"y", os.XATTR_CREATE)
+    except FileExistsError:
+        return False
+    return True
 
 
 def open_layer(
@@ -206,6 +241,7 @@ class Masks:
         self._trees: dict[tuple[int, frozenset[int], str], tuple[tuple[Hidden, ...], str]] = {}
         self._built: dict[str, str] = {}  # by what is in them
         self._pins: Counter[str] = Counter()
+        self._extended: dict[str, str] = {}  # trees in use, by path: what was hidden there last
         self._lock = threading.Lock()
         os.makedirs(directory, mode=0o700, exist_ok=True)
         if mount_at(directory) is None:
@@ -283,6 +319,27 @@ class Masks:
             self._pins[path] += 1
             return path
 
+    def extend(self, path: str, uid: int, gids: Iterable[int]) -> bool:
+        """Put into a tree in use what the scan in force hides from a user; whether anything was new.
+
+        What isn't secret any more stays hidden there. Raises RuntimeError if there is no scan, OSError.
+        """
+        if self._scan is None:
+            raise RuntimeError("the host's files were not scanned for secrets yet")
+        hidden = mask_scan.hidden_from(self._scan, uid, frozenset(gids))
+        nodes = plan(hidden, KERNEL, self.rule)
+        name = digest(nodes, KERNEL)
+        with self._lock:
+            if name in (os.path.basename(path).rpartition(".")[0], self._extended.get(path)):
+                return False
+            # It isn't what its name says any more: no new instance gets it.
+            self._built = {n: built for n, built in self._built.items() if built != path}
+            tree = os.fsencode(path)
+            temporary = os.fsencode(os.path.join(self.directory, f"new.{time.time_ns():x}"))
+            added = [_add(node, tree, temporary) for node in nodes.values()]
+            self._extended[path] = name
+        return any(added)
+
     def release(self, path: str) -> None:
         """The caller of `tree` has no more need of it, or has put it where `prune` sees it."""
         with self._lock:
@@ -301,6 +358,7 @@ class Masks:
             keep = {*used, *self._pins}
             keep |= {path for scan, path in self._trees.values() if scan is self._scan}
             self._built = {name: path for name, path in self._built.items() if path in keep}
+            self._extended = {path: name for path, name in self._extended.items() if path in keep}
             base = os.path.join(self.directory, "trees")
             for name in os.listdir(base):
                 path = os.path.join(base, name)

@@ -173,6 +173,40 @@ def test_trees_are_whole_named_by_content_and_pruned(tmp_path: Path) -> None:
         store.close()
 
 
+def test_a_tree_in_use_only_grows(tmp_path: Path) -> None:
+    def accept(*found: Hidden) -> None:
+        store.accept("".join(mask_scan.to_line(x) + "\n" for x in found) + "whole\n", 0.0)
+
+    store = masks.Masks(str(tmp_path / "masks"))
+    try:
+        with pytest.raises(RuntimeError):
+            store.extend("none", 1000, [1000])
+        key = Hidden(b"etc/none-such", 0o100600, 0, 0, 1, False)
+        accept(key)
+        tree = store.tree(1000, [1000], masks.KERNEL)
+        assert not store.extend(tree, 1000, [1000])  # it is as the scan has it
+        more = (
+            Hidden(b"etc/other", 0o100600, 0, 0, 1, False),
+            Hidden(b"opt/closed", 0o040700, 0, 0, 1, False),
+            Hidden(b"etc/none-such/below", 0o100600, 0, 0, 1, False),  # a directory by now
+        )
+        accept(*more)
+        assert store.extend(tree, 1000, [1000])
+        assert not store.extend(tree, 1000, [1000])
+        assert os.stat(f"{tree}/etc/other").st_uid == masks.SECRET_ID
+        assert os.getxattr(f"{tree}/opt/closed", "user.overlay.opaque") == b"y"
+        assert os.path.isfile(f"{tree}/etc/none-such")
+        assert sorted(os.listdir(store.directory)) == ["scan", "trees"]
+        accept(key)
+        assert store.tree(1000, [1000], masks.KERNEL) != tree  # it hides more than its name says
+        accept(Hidden(b"etc", 0o040700, 0, 0, 1, False))
+        assert store.extend(tree, 1000, [1000])
+        assert os.getxattr(f"{tree}/etc", "user.overlay.opaque") == b"y"
+        assert not store.extend(tree, 1000, [1000])
+    finally:
+        store.close()
+
+
 def test_the_scan_of_this_machine_finds_its_secrets() -> None:
     found = list(scan(foreign_mounts=mask_scan.foreign_mounts()))
     hidden = _paths(hidden_from(found, 54321, frozenset({54321})))
