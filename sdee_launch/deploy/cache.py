@@ -23,7 +23,6 @@ import os
 import re
 import shutil
 import stat
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -77,6 +76,8 @@ def user_directory(account: Account, cache: str) -> str:
 
 def _make_user_directory(account: Account, cache: str, path: str) -> None:
     """Under another name until it is the user's, lest a crash leave one that is root's."""
+    import tempfile  # once for each user
+
     made = tempfile.mkdtemp(prefix=".new-", dir=cache)
     try:
         if os.getuid() == 0:

@@ -17,7 +17,6 @@ import fcntl
 import json
 import os
 import re
-import secrets
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -80,7 +79,7 @@ class State:
                 return text
         except FileNotFoundError:
             pass
-        text = secrets.token_hex(8)
+        text = os.urandom(8).hex()
         self.put("identity", text.encode() + b"\n")
         return text
 

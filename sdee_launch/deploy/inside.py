@@ -6,6 +6,7 @@ outside the user's range, devices other than whiteouts and foreign xattrs are im
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -97,6 +98,8 @@ def _child(
             os.umask(0)
             _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            # What the parent had is looked through at no collection here.
+            gc.freeze()
             record = {"result": work()}
         except DeployProblem as error:
             record = {"error": str(error), "damaged": isinstance(error, Damaged)}
