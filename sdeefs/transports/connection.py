@@ -174,7 +174,7 @@ class Connection:
         )
         table = handlers(operations, features, self._backing_ids, self._interrupt)
         if self._options.shortcuts:
-            table = shorten(operations, table, self._backing_ids, features.open_base)
+            table = shorten(operations, table, self._backing_ids, features)
         self._handlers = table
 
     # For subclasses

@@ -14,6 +14,7 @@ from sdeefs.core.api import Operations
 from sdeefs.core.filesystem import Filesystem
 from sdeefs.core.ids import Owners
 from sdeefs.core.settings import WhiteoutForm
+from sdeefs.transports.requests import Features
 from sdeefs.transports.wire import Opcode
 
 #: The methods of `Shortcuts`, by what they answer.
@@ -29,6 +30,7 @@ SHORTCUTS = {
     Opcode.READ: "read",
     Opcode.RELEASE: "release",
     Opcode.READDIRPLUS: "readdirplus",
+    Opcode.SETXATTR: "setxattr",
     Opcode.GETXATTR: "getxattr",
     Opcode.LISTXATTR: "listxattr",
 }
@@ -66,7 +68,7 @@ def why_not(operations: Operations) -> str | None:
 
 
 def shorten(
-    operations: Operations, handlers: list[Any], backing_ids: object, open_base: int
+    operations: Operations, handlers: list[Any], backing_ids: object, features: Features
 ) -> list[Any]:
     """The table of handlers with the shortcuts in it, where they can serve."""
     if why_not(operations) is not None:
@@ -86,7 +88,7 @@ def shorten(
         filesystem=operations,
         handlers=handlers,
         backing_ids=backing_ids,
-        open_base=open_base,
+        open_base=features.open_base,
         layers=layers,
         upper_owners=_maps(operations.upper_owners),
         lower_owners=_maps(operations.lower_owners),
@@ -97,7 +99,7 @@ def shorten(
         index_on=operations.index_on,
         writeback=operations.writeback,
         passthrough=operations.passthrough,
-        killpriv=operations.killpriv,
+        setxattr_ext=features.setxattr_ext,
         volatile=settings.volatile,
         work_fd=upper.work if upper is not None and links_whiteouts else -1,
         own_prefix=operations.names.prefix,

@@ -104,7 +104,7 @@ class Side:
         features = Features(False, True, self.filesystem.writeback)
         self.table: list[Any] = handlers(self.filesystem, features, None, lambda _: None)
         if shorten:
-            self.table = shortcuts.shorten(self.filesystem, self.table, None, features.open_base)
+            self.table = shortcuts.shorten(self.filesystem, self.table, None, features)
 
     def ask(self, opcode: Opcode, node: int, body: bytes, uid: int = 0) -> tuple[int, bytes]:
         """(errno, reply)."""
@@ -207,10 +207,16 @@ _step = st.one_of(
     st.tuples(st.just("link"), _node, st.tuples(_node, _name)),
     st.tuples(st.just("getxattr"), _node, st.sampled_from(
         [b"user.mark", b"security.capability", b"system.posix_acl_access", b"trusted.overlay.x"])),
-    st.tuples(st.just("setxattr"), _node, st.sampled_from([b"user.mark", b"user.other"])),
+    st.tuples(st.just("setxattr"), _node, st.sampled_from([b"user.mark", b"user.other", b"system.posix_acl_access"])),
     st.tuples(st.just("listxattr"), _node, st.sampled_from([0, 1000])),
     st.tuples(st.just("forget"), _node, st.integers(1, 2)),
 )  # fmt: skip
+
+
+#: An ACL that says what a mode of 0640 does.
+_MINIMAL = struct.pack("<I", 2) + b"".join(
+    struct.pack("<HHI", tag, perm, 0xFFFFFFFF) for tag, perm in ((1, 6), (4, 4), (32, 0))
+)
 
 
 class Player:
@@ -259,7 +265,9 @@ class Player:
             self.setattr(node, wire.FATTR_MODE, mode=more)
         elif word == "chown":
             uid, gid = more
-            valid = wire.FATTR_GID | (0 if uid is None else wire.FATTR_UID)
+            valid = wire.FATTR_GID | (
+                0 if uid is None else wire.FATTR_UID | wire.FATTR_KILL_SUIDGID
+            )
             self.setattr(node, valid, uid=uid or 0, gid=gid)
         elif word == "times":
             valid = wire.FATTR_MTIME | wire.FATTR_ATIME if more == 5 else wire.FATTR_ATIME
@@ -302,7 +310,8 @@ class Player:
         elif word == "getxattr":
             self.ask(Opcode.GETXATTR, node, wire.GETXATTR_IN.pack(100, 0) + more + b"\0")
         elif word == "setxattr":
-            body = wire.SETXATTR_IN.pack(2, 0, 0, 0) + more + b"\0" + b"ab"
+            value = b"ab" if more.startswith(b"user.") else _MINIMAL
+            body = wire.SETXATTR_IN.pack(len(value), 0, 0, 0) + more + b"\0" + value
             self.ask(Opcode.SETXATTR, node, body)
         elif word == "listxattr":
             self.ask(Opcode.LISTXATTR, node, wire.GETXATTR_IN.pack(more, 0))
@@ -366,6 +375,7 @@ def test_plain_cases_are_answered_in_c() -> None:
             ("times", made, 5),
             ("cut open", handle, 3),
             ("getxattr", made, b"security.capability"),
+            ("setxattr", made, b"system.posix_acl_access"),
             ("read", handle, 0),
             ("release", handle, None),
             ("open", made, os.O_RDWR),

@@ -108,8 +108,10 @@ int do_setattr(Shortcuts *self, struct call *call)
 		return LEAVE;
 	memcpy(&in, call->body, sizeof in);
 	node = find_node(self, call->node);
-	if (!node || slot_int(node, shape.layer) != UPPER || !(in.valid & CHANGES) ||
-	    in.valid & FATTR_KILL_SUIDGID || place_of(self, node, &place))
+	if (!node || slot_int(node, shape.layer) != UPPER || !(in.valid & CHANGES) || place_of(self, node, &place))
+		return LEAVE;
+	/* chown(2) takes setuid, setgid and capabilities away by itself. */
+	if (in.valid & FATTR_KILL_SUIDGID && in.valid & CHANGES & ~(FATTR_UID | FATTR_GID))
 		return LEAVE;
 	extra = SLOT(node, shape.extra_at);
 	if (extra != Py_None) {
@@ -172,6 +174,43 @@ int do_getxattr(Shortcuts *self, struct call *call)
 	if (*place.name)
 		return lgetxattr(path, name, NULL, 0) < 0 ? absent(name) : LEAVE;
 	return getxattr(path, name, NULL, 0) < 0 ? absent(name) : LEAVE;
+}
+
+/* What chmod is to programs that know ACLs: one that says no more than the mode, and names nobody. */
+#define MINIMAL_ACL 28
+
+int do_setxattr(Shortcuts *self, struct call *call)
+{
+	static const char name[] = "system.posix_acl_access";
+	PyObject *node = find_node(self, call->node), *extra;
+	const char *text = call->body + sizeof(struct fuse_setxattr_in), *value = text + sizeof name;
+	struct fuse_setxattr_in in;
+	struct place place;
+	char path[320];
+	int fd, rc;
+
+	if (!node || !self->setxattr_ext || call->length != (Py_ssize_t)(sizeof in + sizeof name + MINIMAL_ACL))
+		return LEAVE;
+	memcpy(&in, call->body, sizeof in);
+	if (in.size != MINIMAL_ACL || in.flags || in.setxattr_flags || memcmp(text, name, sizeof name) != 0 ||
+	    !self->writable || slot_int(node, shape.layer) != UPPER)
+		return LEAVE;
+	extra = SLOT(node, shape.extra_at);
+	if (extra != Py_None && (SLOT(extra, shape.secret) != Py_False || SLOT(extra, shape.privileged) != Py_None))
+		return LEAVE;
+	fd = open_fd(node);
+	if (fd < 0 && place_of(self, node, &place))
+		return LEAVE;
+	rc = settled(self);
+	if (rc)
+		return rc;
+	call->size = 0;
+	if (fd >= 0)
+		return fsetxattr(fd, name, value, MINIMAL_ACL, 0) < 0 ? errno : 0;
+	xattr_path(path, sizeof path, &place);
+	if (*place.name)
+		return lsetxattr(path, name, value, MINIMAL_ACL, 0) < 0 ? errno : 0;
+	return setxattr(path, name, value, MINIMAL_ACL, 0) < 0 ? errno : 0;
 }
 
 int do_listxattr(Shortcuts *self, struct call *call)

@@ -82,6 +82,7 @@ METHOD(unlink, FUSE_UNLINK, 1)
 METHOD(open, FUSE_OPEN, 1)
 METHOD(read, FUSE_READ, 0)
 METHOD(release, FUSE_RELEASE, 1)
+METHOD(setxattr, FUSE_SETXATTR, 1)
 METHOD(getxattr, FUSE_GETXATTR, 1)
 METHOD(listxattr, FUSE_LISTXATTR, 1)
 METHOD(create, FUSE_CREATE, 1)
@@ -244,7 +245,7 @@ static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
 {
 	static char *names[] = { "filesystem", "handlers", "backing_ids", "open_base", "layers",
 				 "upper_owners", "lower_owners", "unmapped", "secrets", "upper_timeout",
-				 "writable", "index_on", "writeback", "passthrough", "killpriv", "volatile",
+				 "writable", "index_on", "writeback", "passthrough", "setxattr_ext", "volatile",
 				 "work_fd", "own_prefix", NULL };
 	PyObject *layers, *upper_owners, *lower_owners, *secrets;
 	const char *prefix;
@@ -259,7 +260,7 @@ static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
 		    args, kwargs, "OO!OIO!OOlOdppppppiy", names, &self->filesystem, &PyList_Type, &self->handlers,
 		    &self->backing, &self->open_base, &PyList_Type, &layers, &upper_owners, &lower_owners,
 		    &self->unmapped, &secrets, &self->upper_timeout, &self->writable, &self->index_on,
-		    &self->writeback, &self->passthrough, &self->killpriv, &self->is_volatile, &self->work_fd,
+		    &self->writeback, &self->passthrough, &self->setxattr_ext, &self->is_volatile, &self->work_fd,
 		    &prefix)) {
 		self->filesystem = self->handlers = self->backing = NULL;
 		return -1;
@@ -335,7 +336,7 @@ static void Shortcuts_dealloc(Shortcuts *self)
 #define ROW(name) { #name, (PyCFunction)(void (*)(void))Shortcuts_##name, METH_FASTCALL, NULL }
 static PyMethodDef Shortcuts_methods[] = {
 	ROW(lookup), ROW(getattr), ROW(setattr), ROW(unlink), ROW(open), ROW(read), ROW(release),
-	ROW(getxattr), ROW(listxattr), ROW(create), ROW(readdirplus), ROW(forget), ROW(batch_forget),
+	ROW(setxattr), ROW(getxattr), ROW(listxattr), ROW(create), ROW(readdirplus), ROW(forget), ROW(batch_forget),
 	{ "left", (PyCFunction)Shortcuts_left, METH_NOARGS, left_doc },
 	{ NULL },
 };

@@ -81,7 +81,7 @@ typedef struct {
 	struct secrets secrets;
 	double upper_timeout;
 	uint32_t open_base; /* flags of every OPEN reply */
-	int writable, index_on, writeback, passthrough, killpriv, is_volatile;
+	int writable, index_on, writeback, passthrough, setxattr_ext, is_volatile;
 	int work_fd;
 	char own_prefix[32]; /* of xattrs that merged doesn't show as they are */
 	uint64_t left[OPCODES]; /* requests that were Python's, by opcode */
@@ -165,6 +165,7 @@ int do_unlink(Shortcuts *self, struct call *call);
 /* attributes.c */
 int do_getattr(Shortcuts *self, struct call *call);
 int do_setattr(Shortcuts *self, struct call *call);
+int do_setxattr(Shortcuts *self, struct call *call);
 int do_getxattr(Shortcuts *self, struct call *call);
 int do_listxattr(Shortcuts *self, struct call *call);
 

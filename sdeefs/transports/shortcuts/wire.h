@@ -14,6 +14,7 @@ enum {
 	FUSE_OPEN = 14,
 	FUSE_READ = 15,
 	FUSE_RELEASE = 18,
+	FUSE_SETXATTR = 21,
 	FUSE_GETXATTR = 22,
 	FUSE_LISTXATTR = 23,
 	FUSE_CREATE = 35,
@@ -77,6 +78,9 @@ struct fuse_release_in {
 	uint64_t fh;
 	uint32_t flags, release_flags;
 	uint64_t lock_owner;
+};
+struct fuse_setxattr_in {
+	uint32_t size, flags, setxattr_flags, padding;
 };
 struct fuse_getxattr_in {
 	uint32_t size, padding;
