@@ -74,8 +74,9 @@ def run(options: argparse.Namespace) -> int:
         except environments.EnvironmentProblem as error:
             findings.append(Finding("store", False, f"open {path}", str(error)))
         count = sum(r.count for r in id_maps(account)[0])
+        detail = f"{count}" if count > 1 else "root is the only one: chown to another fails"
         findings.append(
-            Finding("ids", count > 1, "ids of an instance", f"{count}", "see subordinate-ids")
+            Finding("ids", count > 1, "ids of an instance", detail, "see subordinate-ids")
         )
     findings += probe(place)
     can = modes(findings)

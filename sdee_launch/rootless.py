@@ -15,6 +15,7 @@ import json
 import os
 import select
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -33,6 +34,13 @@ from sdee_launch.session import NotEntered, Target
 _PATIENCE = 90.0
 _PROGRAMS = ("newuidmap", "newgidmap")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+#: Without subordinate ids root is the only id inside, and chown(2) to another one is EINVAL before
+#: any filesystem hears of it. What makes apt and tar do without, for as far as they can.
+_ONE_ID_FILES = {"sdee/apt.conf": b'APT::Sandbox::User "root";\n'}
+_ONE_ID_VARIABLES = {"APT_CONFIG": "/run/sdee/apt.conf", "TAR_OPTIONS": "--no-same-owner"}
+_ONE_ID = (
+    "sdee: {} has root as its only id: chown to others fails; sdee doctor tells how to get more"
+)
 
 
 def find(environment: str, engine: str, binds: Sequence[str]) -> Target:
@@ -163,11 +171,13 @@ def _make(
         engine = own.engine if own.engine != "auto" else settings.engine
 
     def work(maps: IdMaps) -> dict[str, object]:
-        return _in_maker(account, settings, environment, engine, binds, lock)
+        return _in_maker(account, settings, environment, engine, binds, lock, len(maps[0]) == 1)
 
     record = in_user_namespace(account, work)
     if "error" in record:
         raise NotEntered(str(record["error"]))
+    if record.pop("one_id", False) and os.isatty(2):
+        print(_ONE_ID.format(environment.name), file=sys.stderr)
     record.update(
         {
             "started": start_time(int(str(record["init"]))),
@@ -325,6 +335,7 @@ def _in_maker(
     engine: str,
     binds: Sequence[str],
     lock: int,
+    one_id: bool,
 ) -> dict[str, object]:
     """As root of the new user namespace: the merged mounts and the instance."""
     try:
@@ -350,12 +361,13 @@ def _in_maker(
         )
         private = {k: clone_private(v) for k, v in here.open_private(made_plan).items()}
         guard = settings.guard()
+        written = {"sdee/inside": environment.name.encode() + b"\n"}
+        if one_id:
+            written.update(_ONE_ID_FILES)
         recipe = instance.Recipe(
             name=environment.name,
             plan=made_plan,
-            material=Material(
-                merged.mounts, private, files={"sdee/inside": environment.name.encode() + b"\n"}
-            ),
+            material=Material(merged.mounts, private, files=written),
             guard=guard,
             servers=merged.servers,
             lock=lock,
@@ -375,8 +387,13 @@ def _in_maker(
     return {
         "init": pid,
         "engine": merged.engine,
+        "one_id": one_id,
         "servers": [server for server, _ in merged.servers],
-        "join": {**guard.as_json(), "namespaces": list(settings.namespaces), "environment": {}},
+        "join": {
+            **guard.as_json(),
+            "namespaces": list(settings.namespaces),
+            "environment": _ONE_ID_VARIABLES if one_id else {},
+        },
     }
 
 

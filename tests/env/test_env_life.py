@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import pytest
 from tests.conftest import User
 from tests.env.daemon_lab import wait_for
 from tests.env.instance_lab import KINDS, SECONDS, Lab, laboratory, processes_of
+from tests.env.login_lab import build_deb
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -198,7 +201,27 @@ def test_kernel_engine_without_a_daemon_says_why(alice: User) -> None:
         assert "host root's" in done.stderr and "--engine fuse" in done.stderr
 
 
-def test_no_subordinate_ids(bob: User) -> None:
+def _apt_and_tar_do_without(made: Lab, tmp_path: Path) -> None:
+    package = build_deb(tmp_path, "of-one-id").read_bytes()
+    foreign = io.BytesIO()
+    with tarfile.open(fileobj=foreign, mode="w") as archive:
+        info = tarfile.TarInfo("of-another")
+        info.uid = info.gid = 33
+        archive.addfile(info)
+    for name, data in (("of-one.deb", package), ("of-one.tar", foreign.getvalue())):
+        (made.user.home / name).write_bytes(data)
+    try:
+        said = made.say(
+            "cd; apt-get install -y ./of-one.deb > /dev/null; of-one-id;"
+            " tar -C /opt -xf of-one.tar; stat -c %u /opt/of-another"
+        )
+        assert said.split("\n") == ["of-one-id runs", "0"]
+    finally:
+        for name in ("of-one.deb", "of-one.tar"):
+            (made.user.home / name).unlink()
+
+
+def test_no_subordinate_ids(bob: User, tmp_path: Path) -> None:
     """One id is enough to be root and to change the host's files; there are no others then."""
     kept = {path: Path(path).read_text() for path in ("/etc/subuid", "/etc/subgid")}
     for path, text in kept.items():
@@ -214,6 +237,16 @@ def test_no_subordinate_ids(bob: User) -> None:
             assert made.say("stat -c %a /etc/of-one; tail -1 /etc/login.defs") == "640\n# x"
             assert (made.upper() / "etc/of-one").stat().st_uid == bob.uid
             assert made.run("chown", "33", "/etc/of-one").returncode == 1
+            _apt_and_tar_do_without(made, tmp_path)
+            doctor = made.sdee("doctor").stdout
+            assert "root is the only one" in doctor and "usermod --add-subuids" in doctor
+            terminal, far_end = os.openpty()
+            try:
+                made.sdee("run", "--env", "told", "--", "true", stderr=far_end)
+                assert b"chown to others fails" in os.read(terminal, 1000)
+            finally:
+                os.close(far_end)
+                os.close(terminal)
     finally:
         for path, text in kept.items():
             Path(path).write_text(text)
