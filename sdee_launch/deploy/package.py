@@ -13,15 +13,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any
 
 import zstandard
 
 from sdee_launch.deploy import archive
 from sdee_launch.deploy.errors import Damaged
+from sdee_launch.deploy.workers import Workers
 
 BLOCK = 1 << 20
 SUMS = b".sdee/sums"
@@ -41,6 +40,7 @@ SAMPLE = 1 << 14
 # RFC 8878: magic number; no content size, no checksum; a window of 1 MiB.
 _RAW_FRAME = b"\x28\xb5\x2f\xfd\x00\x50"
 _RAW_BLOCK = 1 << 17
+_Parts = list[bytes | memoryview]
 
 
 def pieces(fd: int, size: int) -> list[tuple[int, int]]:
@@ -78,10 +78,10 @@ def digest_of(fd: int) -> str:
     return digest.hexdigest()
 
 
-def raw_frame(data: bytes) -> list[bytes | memoryview]:
+def raw_frame(data: bytes) -> _Parts:
     """A frame of zstd that has the bytes as they are, in parts."""
     view = memoryview(data)
-    parts: list[bytes | memoryview] = [_RAW_FRAME]
+    parts: _Parts = [_RAW_FRAME]
     for offset in range(0, len(data), _RAW_BLOCK):
         part = view[offset : offset + _RAW_BLOCK]
         last = offset + _RAW_BLOCK >= len(data)
@@ -89,7 +89,7 @@ def raw_frame(data: bytes) -> list[bytes | memoryview]:
     return parts
 
 
-def _write(fd: int, parts: list[bytes | memoryview]) -> None:
+def _write(fd: int, parts: _Parts) -> None:
     """Write all of it. Raises OSError."""
     left = sum(map(len, parts)) - os.writev(fd, parts)
     if left:  # cut short: by a signal, or because there is no more room, which the next call tells
@@ -105,20 +105,15 @@ def _write_at(fd: int, data: bytes, offset: int) -> None:
         written += os.pwrite(fd, data[written:], offset + written)
 
 
-_Make = Callable[[bytes], list[bytes | memoryview]]
-
-
 class _Frames:
-    """Writes an archive into a file, frame by frame. Threads are started when there is work for
-    them; each compresses a frame, and writes it when those before it are written."""
+    """Writes an archive into a file, frame by frame, each compressed and written by a thread."""
 
     def __init__(self, fd: int, level: int) -> None:
         self._fd, self._level = fd, level
         self._parts: list[bytes] = []
         self._size = 0
-        self._threads = min(MAX_THREADS, len(os.sched_getaffinity(0)))
-        self._pool: ThreadPoolExecutor | None = None
-        self._running: deque[Future[None]] = deque()
+        self._most = min(MAX_THREADS, len(os.sched_getaffinity(0)))
+        self._workers = Workers[_Parts](self._most, lambda parts: _write(fd, parts))
         self._idle: list[zstandard.ZstdCompressor] = []
 
     def write(self, data: bytes) -> None:
@@ -141,14 +136,13 @@ class _Frames:
 
     def close(self) -> None:
         """Write what is left. Raises OSError."""
-        self._wait(0)
+        self._workers.wait()
         if self._parts:
             _write(self._fd, [self._compress(self._cut())])
 
     def stop(self) -> None:
         """End the threads, whatever is left to do."""
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+        self._workers.stop()
 
     def _cut(self) -> bytes:
         data = b"".join(self._parts)
@@ -165,26 +159,12 @@ class _Frames:
         self._idle.append(compressor)
         return frame
 
-    def _frame(self, data: bytes) -> list[bytes | memoryview]:
+    def _frame(self, data: bytes) -> _Parts:
         return [self._compress(data)]
 
-    def _start(self, make: _Make, data: bytes) -> None:
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(self._threads)
-        before = self._running[-1] if self._running else None
-        self._running.append(self._pool.submit(self._run, make, data, before))
-        self._wait(self._threads + 1)
-
-    def _run(self, make: _Make, data: bytes, before: Future[None] | None) -> None:
-        frame = make(data)
-        if before is not None:
-            before.result()  # it was started earlier, and so ends without us
-        _write(self._fd, frame)
-
-    def _wait(self, most: int) -> None:
-        """Until no more than `most` frames are under way."""
-        while len(self._running) > most:
-            self._running.popleft().result()
+    def _start(self, make: Callable[[bytes], _Parts], data: bytes) -> None:
+        self._workers.start(make, data)
+        self._workers.wait(self._most + 1)
 
 
 class Packer:
@@ -277,29 +257,23 @@ class _Hashing:
     """Hashes large blocks in a second thread, while the first one writes them."""
 
     def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
-        self._running: Future[None] | None = None
+        self._workers = Workers[None](1, lambda _: None)
 
     def update(self, digest: Any, data: bytes) -> None:
         """Hash a block after those before it."""
-        self.wait()
+        self._workers.wait()
         if len(data) < LARGE:
             digest.update(data)
-            return
-        if self._pool is None:
-            self._pool = ThreadPoolExecutor(1)
-        self._running = self._pool.submit(digest.update, data)
+        else:
+            self._workers.start(digest.update, data)
 
     def wait(self) -> None:
         """Until all that was given is hashed."""
-        if self._running is not None:
-            self._running.result()
-            self._running = None
+        self._workers.wait()
 
     def stop(self) -> None:
         """End the thread."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._workers.stop()
 
 
 class Member:
