@@ -164,6 +164,7 @@ _OLD_NUMBERS = {
         "fanotify_init": 300,
         "fanotify_mark": 301,
         "syncfs": 306,
+        "statx": 332,
     },
     "aarch64": {
         "pivot_root": 41,
@@ -176,6 +177,7 @@ _OLD_NUMBERS = {
         "fanotify_init": 262,
         "fanotify_mark": 263,
         "syncfs": 267,
+        "statx": 291,
     },
 }
 _NUMBERS = {
@@ -189,6 +191,8 @@ _NUMBERS = {
     "mount_setattr": 442,
     **_OLD_NUMBERS.get(platform.machine(), {}),
 }
+
+_STATX_BTIME = 0x800
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -391,6 +395,21 @@ def open_by_handle_at(mount_fd: int, handle: bytes, flags: int) -> int:
     """open_by_handle_at(2) of what `name_to_handle_at` gave; needs CAP_DAC_READ_SEARCH."""
     buffer = ctypes.create_string_buffer(struct.pack("=I", len(handle) - 4) + handle)
     return call("open_by_handle_at", mount_fd, buffer, flags | os.O_CLOEXEC)
+
+
+def birth_time(dirfd: int, name: bytes) -> int | None:
+    """When an object was made, in nanoseconds, by statx(2); None where its filesystem doesn't know.
+
+    An empty name is the object of the descriptor itself. Raises OSError.
+    """
+    buffer = ctypes.create_string_buffer(256)
+    flags = AT_SYMLINK_NOFOLLOW | AT_EMPTY_PATH
+    call("statx", dirfd, name, flags, _STATX_BTIME, buffer)
+    mask = struct.unpack_from("=I", buffer)[0]
+    if not mask & _STATX_BTIME:
+        return None
+    seconds, nanoseconds = struct.unpack_from("=qI", buffer, 80)  # stx_btime
+    return int(seconds) * 1_000_000_000 + int(nanoseconds)
 
 
 def fanotify_init(flags: int, event_flags: int = os.O_RDONLY | os.O_CLOEXEC) -> int:

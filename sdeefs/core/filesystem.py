@@ -84,6 +84,11 @@ class Filesystem(Xattrs):
                     raise
                 return self._attributes(found, os.fstat(file.fd)), 0.0
 
+    def birth_time(self, node: int) -> int | None:
+        """When an object was made, in nanoseconds; None where its layer's file system doesn't know."""
+        with self.lock:
+            return syscalls.birth_time(*self._place(self._node(node)))
+
     def setattr(
         self, node: int, change: SetAttributes, handle: int, caller: Caller
     ) -> tuple[Attributes, float] | Later[tuple[Attributes, float]]:

@@ -188,7 +188,7 @@ def _names(operations: Operations) -> Part:
 def _attributes(operations: Operations) -> Part:
     """stat, statx, chmod, chown, truncate, utimens, statfs."""
     op_getattr, op_setattr, op_statfs = operations.getattr, operations.setattr, operations.statfs
-    birth_time: Callable[[int], int | None] | None = getattr(operations, "birth_time", None)
+    birth_time = operations.birth_time
     getattr_in = wire.GETATTR_IN.unpack_from
 
     def encode(answer: tuple[Attributes, float]) -> bytes:
@@ -233,16 +233,17 @@ def _attributes(operations: Operations) -> Part:
     def statx(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
         flags, _, handle, _, _ = wire.STATX_IN.unpack_from(body)
         attributes, timeout = op_getattr(node, handle if flags & wire.GETATTR_FH else 0)
-        assert birth_time is not None
         return wire.pack_statx(attributes, timeout, birth_time(node))
 
     def statfs(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
         return wire.pack_statfs(op_statfs())
 
-    part: Part = {Opcode.GETATTR: get, Opcode.SETATTR: set_, Opcode.STATFS: statfs}
-    if birth_time is not None:
-        part[Opcode.STATX] = statx  # else ENOSYS: the kernel takes GETATTR, and caches it
-    return part
+    return {
+        Opcode.GETATTR: get,
+        Opcode.SETATTR: set_,
+        Opcode.STATFS: statfs,
+        Opcode.STATX: statx,
+    }
 
 
 def _files(operations: Operations, features: Features, backing_ids: BackingIds | None) -> Part:

@@ -47,7 +47,7 @@ class Engine:
         )
 
 
-_PYFUSE3_LACKS = frozenset({"tmpfile", "fallocate", "seek", "umask"})
+_PYFUSE3_LACKS = frozenset({"tmpfile", "fallocate", "seek", "umask", "birth"})
 
 PLAIN = Engine("ext4", "plain")
 KERNEL = Engine("overlay", "kernel", ("redirect_dir=on", "index=on", "xino=on"))

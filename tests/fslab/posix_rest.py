@@ -6,7 +6,9 @@ import ctypes
 import errno
 import os
 import struct
+import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from tests.fslab.fslab_lab import ALICE, BOB, acting_as, child_result, in_child
 from tests.fslab.posix_place import _LIBC, Place, check, fails
@@ -37,6 +39,32 @@ def statx_says_the_same(p: Place) -> Iterator[None]:
     ino, size = struct.unpack_from("<QQ", buffer, 32)
     assert mask & 0x7FF >= 0x7FF & ~0x800 & ~0x400 or mask & 0x3FF
     assert (nlink, mode, ino, size) == (1, p.stat("f").st_mode, p.stat("f").st_ino, 5)
+
+
+def _birth(path: Path) -> float | None:
+    buffer = ctypes.create_string_buffer(256)
+    assert _LIBC.statx(-100, os.fsencode(path), 0x100, 0x800, buffer) == 0
+    if not struct.unpack_from("<I", buffer)[0] & 0x800:
+        return None
+    seconds, nanoseconds = struct.unpack_from("<qI", buffer, 80)
+    return float(seconds + nanoseconds / 1e9)
+
+
+@check
+def birth_time(p: Place) -> Iterator[None]:
+    p.write("old")
+    p.mkdir("d")
+    begun = time.time()
+    yield
+    p.write("new")
+    for name, first in (("old", begun - 60), ("d", begun - 60), ("new", begun - 1)):
+        born = _birth(p / name)
+        if "birth" in p.lacks:
+            assert born is None
+        else:
+            assert born is not None and first < born < time.time() + 1
+    os.utime(p / "new", (5, 5))
+    assert "birth" in p.lacks or (_birth(p / "new") or 0) > begun - 1
 
 
 @check
