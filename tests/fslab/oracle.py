@@ -7,7 +7,7 @@ Kernel overlayfs is the yardstick. What sdeefs does differently on purpose:
   those are written;
 - chown(-1, -1) clears setuid there; FUSE's kernel side doesn't tell the server of it;
 - what takes setuid or capabilities away without the kernel's telling the server who did it
-  (fallocate, writes through a memory map, through passthrough after a chmod) takes them always;
+  (writes through a memory map, through passthrough after a chmod) takes them always;
 - without FUSE's DONT_MASK (pyfuse3) the kernel has applied the umask before a default ACL could
   replace it: played with umask 0 there;
 - overlayfs can't change what has no name any more and was never copied up (EEXIST);
@@ -15,8 +15,8 @@ Kernel overlayfs is the yardstick. What sdeefs does differently on purpose:
   files are copied up first there;
 - with userxattr it can mark the origin of regular files alone: which names belong together is
   compared for those;
-- under write-back the kernel keeps mtime when a file is truncated to the size it has: it is set
-  after each truncation;
+- under write-back the kernel keeps mtime when a file is truncated to the size it has, and sets it
+  where fallocate changes nothing: it is set after each of both;
 - link counts and sizes of directories, and times that nobody set, aren't compared: overlayfs itself
   doesn't define them.
 """

@@ -159,6 +159,8 @@ class Player:
 
     def _fallocate(self, slot: int, mode: int, offset: int, length: int) -> None:
         fallocate(self._fd(slot), mode, offset, length)
+        with contextlib.suppress(OSError):
+            os.utime(self._fd(slot))
 
     def _fchmod(self, slot: int, mode: int) -> None:
         os.fchmod(self._fd(slot), mode)
