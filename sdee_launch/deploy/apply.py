@@ -27,6 +27,8 @@ from sdee_launch.deploy.walk import DIRECTORY
 FICLONE = 0x40049409
 #: Nobody's upper is larger than this (entries): a manifest that claims more is refused.
 MAX_ENTRIES = 50_000_000
+#: So many lines that are needed again are held; of a larger manifest all are read again.
+KEEP = 1 << 15
 
 
 class Places:
@@ -97,6 +99,7 @@ class Apply:
         self._places = Places(self.root)
         self._sources = Places(self.base) if self.base is not None else None
         self._groups: set[int] = set()
+        self._rest: list[Line] | None = []  # what the skeleton isn't done with; None: too much
         try:
             needed = self._skeleton()
             for number in sorted(needed):
@@ -127,14 +130,30 @@ class Apply:
                 content += waiting[0]
                 needed.add(waiting[1])
                 self._bounded(content)
+                self._keep(line)
                 continue
             size = self._linked(old, line)
             new = line.entry() if size is None else None
             content += (size or 0) if new is None else new.size
             self._bounded(content)
-            if new is not None and new.path and not self._make(old, new):
+            if new is None:
+                continue
+            made = not new.path or self._make(old, new)
+            if not made:
                 needed.add(new.generation)
+            if not made or new.kind == "d" or new.group:
+                self._keep(line)
         return needed
+
+    def _keep(self, line: Line) -> None:
+        if self._rest is not None:
+            self._rest.append(line)
+            if len(self._rest) > KEEP:
+                self._rest = None
+
+    def _again(self) -> Iterable[Line]:
+        """Lines with all that the skeleton isn't done with, in order."""
+        return self.manifest() if self._rest is None else self._rest
 
     def _bounded(self, content: int) -> None:
         if self.limit and content > self.limit:
@@ -262,7 +281,7 @@ class Apply:
     def _missing(self, number: int) -> Iterator[Entry]:
         """Files whose content is in package `number` and not in the tree yet, in order."""
         seen: set[int] = set()
-        for line in self.manifest():
+        for line in self._again():
             if line.kind != b"f":
                 continue
             group, generation = entries.content_of(line.text)
@@ -306,7 +325,7 @@ class Apply:
         first: dict[int, bytes] = {}
         others = Places(self.root)
         try:
-            for line in self.manifest():
+            for line in self._again():
                 if line.kind != b"f":
                     continue
                 group, _ = entries.content_of(line.text)
@@ -327,7 +346,7 @@ class Apply:
     def _directories(self) -> None:
         """Owner, mode, xattrs and time of directories, each after what is in it."""
         waiting: list[Entry] = []
-        for line in self.manifest():
+        for line in self._again():
             if line.kind != b"d":
                 continue
             while waiting:

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sdee_launch.deploy import api, cache, ended, package
+from sdee_launch.deploy import api, apply, cache, ended, package
 from sdee_launch.deploy.errors import DeployProblem
 from sdee_launch.deploy.generations import State
 from tests.deploy.deploy_lab import Lab, contents, fill
@@ -26,6 +26,26 @@ def test_everything_arrives_as_it_was(lab: Lab) -> None:
     status = os.stat(f"{done.tree}/etc/holes")
     assert status.st_blocks * 512 < 1 << 20
     assert lab.inside(lambda: cache._verify(os.path.dirname(done.tree), True)) == []
+
+
+@pytest.mark.parametrize("keep", [0, 3])
+def test_a_manifest_that_is_too_large_to_hold_is_read_again(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, keep: int
+) -> None:
+    monkeypatch.setattr(apply, "KEEP", keep)
+    lab.inside(lambda: fill(lab.upper))
+    assert lab.tree(lab.ensure(lab.submit()).tree) == lab.tree()
+
+    def change() -> None:
+        os.chmod(f"{lab.upper}/etc/hosts", 0o600)
+        os.rename(f"{lab.upper}/etc/link", f"{lab.upper}/etc/moved")
+        with open(f"{lab.upper}/etc/new", "w") as file:
+            file.write("new")
+
+    lab.inside(change)
+    done = lab.ensure(lab.submit())
+    assert (done.base, done.extracted) == (1, 1)
+    assert lab.tree(done.tree) == lab.tree()
 
 
 def test_an_unchanged_upper_is_the_same_generation_and_no_bytes(lab: Lab) -> None:
