@@ -23,10 +23,10 @@ LINES = (
     "create",
     "rename",
     "chmod",
-    "unlink",
     "mkdir",
-    "rmdir",
     "copy-up of 2 kB",
+    "unlink",
+    "rmdir",
 )
 CALLERS = (1, 2, 4, 8)
 
@@ -89,10 +89,11 @@ def _calls(contender: Contender, lower: Path, scratch: Path, count: int) -> dict
             ("create", made, create),
             ("rename", made, lambda name: os.rename(name, renamed[name])),
             ("chmod", moved, lambda name: os.chmod(name, 0o600)),
-            ("unlink", moved, os.unlink),
             ("mkdir", made, os.mkdir),
-            ("rmdir", made, os.rmdir),
             ("copy-up of 2 kB", files, partial(_open, flags=os.O_WRONLY | os.O_APPEND)),
+            # What removes comes last: see places.spread().
+            ("unlink", moved, os.unlink),
+            ("rmdir", made, os.rmdir),
         ]
         for line, names, call in steps:
             figures[line], figures[median_line(line)] = each(names, call)

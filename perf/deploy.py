@@ -7,6 +7,7 @@ would do by hand: copies of the whole tree.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import time
@@ -15,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from perf.figures import SECONDS, Missing, Unit
+from perf.places import spread, written_back
 from perf.runner import Block
 from perf.timing import seconds_of
 from sdee_launch.accounts import Account, account_of
@@ -27,6 +29,9 @@ COPIES = {
     "rsync -aHAX": "rsync -aHAX {source}/ {target}",
     "tar | tar": "mkdir {target} && tar -C {source} -cf - . | tar -C {target} -xf -",
 }
+
+
+_numbers = itertools.count()
 
 
 def _upper(scratch: Path, name: str, files: int, size: int) -> Path:
@@ -50,9 +55,11 @@ def _upper(scratch: Path, name: str, files: int, size: int) -> Path:
 
 
 def _fresh(scratch: Path) -> Path:
-    place = scratch / "deploying"
-    shutil.rmtree(place, ignore_errors=True)
+    for old in scratch.glob("deploying*"):
+        shutil.rmtree(old, ignore_errors=True)
+    place = scratch / f"deploying{next(_numbers)}"  # never the same name twice: see spread()
     place.mkdir()
+    written_back(place)
     return place
 
 
@@ -131,6 +138,7 @@ def _nodes(scratch: Path, count: int) -> dict[str, float]:
 
 def blocks(scratch: Path, quick: bool) -> list[Block]:
     """All blocks of the suite, in `scratch`."""
+    spread(scratch)
     sizes = {"1 MB": 1 << 20, "64 MB": 64 << 20} if quick else {
         "1 MB": 1 << 20, "64 MB": 64 << 20, "512 MB": 512 << 20, "2 GB": 2 << 30,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import subprocess
@@ -16,10 +17,14 @@ from mount_helpers.mountinfo import mount_at
 from perf import machine
 from perf.failures import failure
 from perf.figures import Missing
+from perf.places import written_back
 from perf.sandboxes import installed
 
 #: Seconds that a mount rests before it is measured: servers go on starting after mount returns.
 SETTLE = 0.5
+
+
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -121,6 +126,7 @@ def _unmount(merged: Path) -> None:
 
 def _mount(contender: Contender, layers: Layers) -> None:
     """Mount it and let it settle. Raises Missing with what it said where it fails."""
+    written_back(layers.upper)
     command = _filled(contender.command, layers)
     try:
         # Not piped: a server keeps its output open for as long as it lives.
@@ -145,8 +151,8 @@ def mounted(
     Raises Missing where it isn't there or the mount fails.
     """
     check(contender)
-    place = scratch / name
-    shutil.rmtree(place, ignore_errors=True)
+    # Never the same name twice: see spread().
+    place = scratch / f"{name}{next(_numbers)}"
     layers = Layers(lower, place / "upper", place / "work", place / "merged")
     place.mkdir()
     try:
@@ -156,6 +162,7 @@ def mounted(
             _mount(contender, layers)
         else:
             subprocess.run(["cp", "-a", str(lower), str(layers.merged)], check=True)
+            written_back(place)
         yield layers
     finally:
         _unmount(layers.merged)

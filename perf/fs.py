@@ -6,6 +6,7 @@ from pathlib import Path
 
 from perf import calls, fio, metadata, server, trees
 from perf.filesystems import contenders
+from perf.places import spread
 from perf.runner import Block
 
 
@@ -34,6 +35,7 @@ def blocks(scratch: Path, quick: bool, only: str | None = None) -> list[Block]:
     files, count = (3000, 2000) if quick else (20000, 5000)
     data = scratch / "data"
     data.mkdir(exist_ok=True)
+    spread(scratch)
     trees.data_file(data / "data", size)
     lower, tar = _lower(scratch, files, 2 * count)
     out = left_out(quick, only)

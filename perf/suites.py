@@ -53,8 +53,10 @@ _ALL = (
         "overlayfs",
         1,
         5,
-        "Every contender is mounted over the same lower with an empty upper, and rests for half a"
-        " second before what is cold is measured. “existing file”: copied up before; “lower's"
+        "Every contender is mounted over the same lower with an empty upper, in directories that"
+        " ext4 puts elsewhere on the disk each time (`chattr +T`: it searches long where much was"
+        " just removed), everything is written back, and it rests for half a second before what is"
+        " cold is measured. “existing file”: copied up before; “lower's"
         " file”: still in lower. Calls are given as the mean over all calls, and as the median"
         " call. The server's CPU time is its own utime and stime, of all of its threads, for each"
         " request: GETATTR alone (statx with AT_STATX_FORCE_SYNC), and for each file created and"
