@@ -337,7 +337,7 @@ def _ensure(place: str, source: str, number: int, limit: int) -> tuple[int, int,
 
 def _users(path: str) -> list[str]:
     """Who uses a generation. A mark of an earlier boot is nobody's: its job is gone with the node."""
-    boot = _boot()
+    boot, started = _boot(), time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
     found = []
     with contextlib.suppress(FileNotFoundError):
         for name in sorted(os.listdir(os.path.join(path, "users"))):
@@ -345,7 +345,9 @@ def _users(path: str) -> list[str]:
                 contextlib.suppress(FileNotFoundError),
                 open(os.path.join(path, "users", name)) as mark,
             ):
-                if mark.read(100) in ("", boot):  # empty: an sdee that didn't write it
+                text = mark.read(100)
+                # An empty one: the crash came before its content was on the disk.
+                if text == boot or (not text and os.fstat(mark.fileno()).st_mtime > started):
                     found.append(name)
     return found
 

@@ -305,7 +305,7 @@ def test_verify_names_what_is_wrong(lab: Lab) -> None:
     assert lab.tree(lab.ensure(submitted).tree) == lab.tree()
 
 
-def _crash(lab: Lab, monkeypatch: pytest.MonkeyPatch, boot: str) -> None:
+def _crash(monkeypatch: pytest.MonkeyPatch, boot: str) -> None:
     """From now on the node has been started anew."""
     monkeypatch.setattr(cache, "_boot", lambda: boot)
 
@@ -319,12 +319,12 @@ def test_after_a_crash_only_what_is_on_the_disk_counts(
     lab.inside(lambda: os.truncate(f"{tree}/etc/deep/tool", 0))  # behind the sample's back
     monkeypatch.setattr(cache, "SAMPLE", 1)
     assert lab.ensure(submitted, "job-2").extracted == 0
-    _crash(lab, monkeypatch, "second")
+    _crash(monkeypatch, "second")
     made = lab.ensure(submitted, "job-3")  # job-1 and job-2 are gone with the boot
     assert made.extracted > 0
     assert lab.tree(made.tree) == lab.tree()
     api.release(lab.account, lab.cache, "job-3")  # it is written out
-    _crash(lab, monkeypatch, "third")
+    _crash(monkeypatch, "third")
     assert lab.ensure(submitted, "job-4").bytes_read == 0
 
 
@@ -334,7 +334,7 @@ def test_a_generation_that_a_crash_may_have_harmed_is_no_base(
     lab.inside(lambda: fill(lab.upper))
     lab.ensure(lab.submit())
     lab.inside(lambda: os.chmod(f"{lab.upper}/etc/hosts", 0o600))
-    _crash(lab, monkeypatch, "second")
+    _crash(monkeypatch, "second")
     made = lab.ensure(lab.submit())
     assert (made.base, made.linked) == (0, 0)
     assert lab.tree(made.tree) == lab.tree()
@@ -342,9 +342,16 @@ def test_a_generation_that_a_crash_may_have_harmed_is_no_base(
 
 def test_marks_of_an_earlier_boot_keep_nothing(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     lab.inside(lambda: fill(lab.upper))
-    lab.ensure(lab.submit())
+    submitted = lab.submit()
+    tree = lab.ensure(submitted).tree
     assert cache.prune(lab.account, lab.cache, 0) == []
-    _crash(lab, monkeypatch, "second")
+    mark = f"{os.path.dirname(tree)}/users/job-1"
+    lab.inside(lambda: os.truncate(mark, 0))
+    assert cache.users(lab.account, lab.cache) == ["job-1"]
+    lab.inside(lambda: os.utime(mark, (1, 1)))
+    assert cache.users(lab.account, lab.cache) == []
+    lab.ensure(submitted)
+    _crash(monkeypatch, "second")
     assert cache.users(lab.account, lab.cache) == []
     assert len(cache.prune(lab.account, lab.cache, 0)) == 1
     assert cache.listing(lab.account, lab.cache) == []
