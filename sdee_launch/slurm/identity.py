@@ -63,4 +63,7 @@ def environment() -> dict[str, str]:
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
         "PRTE_ALLOW_RUN_AS_ROOT": "1",
         "PRTE_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        # mpirun's servers are uid 0 as their ranks are; munge tells them the user's own id, and
+        # they refuse the rank. (Slurm's servers are on the host: the plugin takes this away.)
+        "PMIX_MCA_psec": "native",
     }

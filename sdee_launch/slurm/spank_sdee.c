@@ -30,6 +30,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/file.h>
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -84,7 +85,7 @@ static int on_option(int value, const char *argument, int remote)
 	return 0;
 }
 
-struct spank_option spank_options[] = {
+static struct spank_option options[] = {
 	{"sdee", "NAME[@GEN]|no",
 	 "run the job in this environment (the one it is submitted from), or in none", 1, 1, on_option},
 	{"sdee-keep", NULL,
@@ -92,6 +93,21 @@ struct spank_option spank_options[] = {
 	{"sdee-exclude", "PATTERN[,...]",
 	 "leave these paths of the environment behind", 1, 3, on_option},
 	SPANK_OPTIONS_TABLE_END};
+
+/* By hand: sbatch and salloc don't read a table called spank_options, only srun does. */
+int slurm_spank_init(spank_t sp, int ac, char **av)
+{
+	(void) ac;
+	(void) av;
+	if (spank_context() == S_CTX_SLURMD || spank_context() == S_CTX_JOB_SCRIPT)
+		return 0;
+	for (struct spank_option *option = options; option->name; option++)
+		if (spank_option_register(sp, option) != ESPANK_SUCCESS) {
+			slurm_error("sdee: the option --%s can't be registered", option->name);
+			return -1;
+		}
+	return 0;
+}
 
 static void arguments(int ac, char **av)
 {
@@ -197,6 +213,11 @@ static int choose(spank_t sp)
 		slurm_error("sdee: the job is not submitted (--sdee=no submits it without)");
 		return -1;
 	}
+	if (!strcmp(out, "step\n")) { /* srun --jobid: its job has chosen, too */
+		submitted = 1;
+		allocating = 0;
+		return 0;
+	}
 	for (line = strtok_r(out, "\n", &rest); line; line = strtok_r(NULL, "\n", &rest)) {
 		if (!(equals = strchr(line, '=')))
 			continue;
@@ -217,18 +238,18 @@ static int choose(spank_t sp)
  * Did a Prolog on any node of the job fail? All have ended when srun has its nodes, and when a
  * batch step starts (PrologFlags=DeferBatch); hook.py leaves a note with the controller.
  */
-static int noted(uint32_t job, uint32_t restarts, char *reason, size_t size)
+static int noted(uint32_t job, char *reason, size_t size)
 {
 	job_info_msg_t *message = NULL;
-	char again[32] = "";
+	char again[32];
 	int found = 0;
 
 	if (slurm_load_job(&message, job, SHOW_DETAIL) || !message)
 		return 0; /* the node itself still refuses */
-	if (restarts)
-		snprintf(again, sizeof again, "(restart %u)", restarts);
 	for (uint32_t i = 0; i < message->record_count; i++) {
 		const char *note = message->job_array[i].admin_comment;
+		uint32_t restarts = message->job_array[i].restart_cnt;
+		snprintf(again, sizeof again, "(restart %u)", restarts);
 		if (message->job_array[i].job_id == job && note && !strncmp(note, "sdee: ", 6) &&
 		    (restarts ? strstr(note, again) != NULL : !strstr(note, "(restart "))) {
 			snprintf(reason, size, "%s", note + 6);
@@ -247,7 +268,7 @@ int slurm_spank_local_user_init(spank_t sp, int ac, char **av)
 	(void) av;
 	if (!submitted || spank_get_item(sp, S_JOB_ID, &job) != ESPANK_SUCCESS)
 		return 0;
-	if (!noted(job, 0, failure, sizeof failure))
+	if (!noted(job, failure, sizeof failure))
 		return 0;
 	slurm_error("sdee: %s", failure);
 	if (allocating)
@@ -424,6 +445,85 @@ out:
 	return result;
 }
 
+/* The step names an environment that its job doesn't have. */
+static int wants_another(spank_t sp)
+{
+	char name[256] = "", generation[32] = "", reference[300];
+
+	if (!wanted)
+		return 0;
+	spank_getenv(sp, "SDEE_ENVIRONMENT", name, sizeof name);
+	spank_getenv(sp, "SDEE_GENERATION", generation, sizeof generation);
+	snprintf(reference, sizeof reference, "%s@%s", name, generation);
+	if (!strcmp(wanted, name) || !strcmp(wanted, reference))
+		return 0;
+	snprintf(failure, sizeof failure, "the step wants %.200s, but its job has %s", wanted, reference);
+	return 1;
+}
+
+/*
+ * Slurmd (22.05) forgets credentials every other second only: a job that is requeued and starts
+ * again on the same node gets no Prolog if that was a moment ago. So a step of such a job does
+ * what Prolog does, if no other step has.
+ */
+static void make_up_for_prolog(spank_t sp, uint32_t job)
+{
+	static const char *const names[] = {"REF", "IDENTITY", "SOURCE", "TRANSPORT", "ENGINE", "KEEP"};
+	char *argv[] = {(char *) python, "-I", "-m", "sdee_launch.slurm.hook", "prolog", NULL};
+	char *variables[16], from[64], value[TEXT], node[HOST_NAME_MAX + 1] = "", path[64];
+	int n = 0, lock = open("/run/sdee", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+	struct stat status;
+	uid_t uid = 0;
+	pid_t pid;
+
+	snprintf(path, sizeof path, JOBS "/%u", job);
+	if (lock < 0 || flock(lock, LOCK_EX) || !lstat(path, &status) ||
+	    spank_get_item(sp, S_JOB_UID, &uid) != ESPANK_SUCCESS)
+		goto out;
+	for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
+		snprintf(from, sizeof from, "SLURM_SPANK_SDEE_%s", names[i]);
+		if (spank_getenv(sp, from, value, sizeof value) == ESPANK_SUCCESS &&
+		    asprintf(&variables[n], "SPANK_SDEE_%s=%s", names[i], value) > 0)
+			n++;
+	}
+	spank_getenv(sp, "SLURMD_NODENAME", node, sizeof node);
+	if (!*node)
+		gethostname(node, sizeof node - 1);
+	if (asprintf(&variables[n], "SLURMD_NODENAME=%s", node) > 0)
+		n++;
+	if (asprintf(&variables[n], "SLURM_JOB_ID=%u", job) > 0)
+		n++;
+	if (asprintf(&variables[n], "SLURM_JOB_UID=%u", uid) > 0)
+		n++;
+	variables[n] = NULL;
+	if (!(pid = fork())) {
+		execve(python, argv, variables);
+		_exit(127);
+	}
+	while (pid > 0 && waitpid(pid, NULL, 0) < 0 && errno == EINTR)
+		;
+	while (n)
+		free(variables[--n]);
+out:
+	if (lock >= 0)
+		close(lock);
+}
+
+/* Whether the controller has requeued the job; slurmstepd isn't told yet. */
+static int requeued(uint32_t job)
+{
+	job_info_msg_t *message = NULL;
+	int found = 0;
+
+	if (slurm_load_job(&message, job, SHOW_DETAIL) || !message)
+		return 0;
+	for (uint32_t i = 0; i < message->record_count; i++)
+		if (message->job_array[i].job_id == job && message->job_array[i].restart_cnt)
+			found = 1;
+	slurm_free_job_info_msg(message);
+	return found;
+}
+
 int slurm_spank_init_post_opt(spank_t sp, int ac, char **av)
 {
 	uint32_t job = 0, step = 0;
@@ -441,22 +541,21 @@ int slurm_spank_init_post_opt(spank_t sp, int ac, char **av)
 	if (step == SLURM_EXTERN_CONT || (wanted && !strcmp(wanted, "no")))
 		return 0;
 	snprintf(path, sizeof path, JOBS "/%u", job);
+	spank_getenv(sp, "SDEE_JOB_REF", reference, sizeof reference);
+	if (*reference && lstat(path, &status) && requeued(job))
+		make_up_for_prolog(sp, job);
 	if (lstat(path, &status)) {
-		spank_getenv(sp, "SDEE_JOB_REF", reference, sizeof reference);
 		if (*reference)
 			snprintf(failure, sizeof failure,
-				 "the job wants %s, but no Prolog of SDEE ran on this node "
-				 "(sdee install --slurm says what slurm.conf needs)", reference);
+				 "the job wants %s, but no Prolog of SDEE ran for it on this node "
+				 "since it was booted (sdee install --slurm says what slurm.conf needs)", reference);
 		return 0;
 	}
 	/* Failures are said later: now the job's output isn't there yet. */
-	if (step == SLURM_BATCH_SCRIPT) {
-		uint32_t restarts = 0;
-		spank_get_item(sp, S_SLURM_RESTART_COUNT, &restarts);
-		if (noted(job, restarts, failure, sizeof failure))
-			return 0;
-	}
-	ask_daemon(sp, job);
+	if (step == SLURM_BATCH_SCRIPT && noted(job, failure, sizeof failure))
+		return 0;
+	if (!ask_daemon(sp, job) && wants_another(sp))
+		joined = 0;
 	return 0;
 }
 
@@ -473,13 +572,6 @@ static int raise_admin(int up)
 	else
 		data[0].effective &= ~(1u << CAP_SYS_ADMIN);
 	return syscall(SYS_capset, &head, data);
-}
-
-static int is_batch(spank_t sp)
-{
-	uint32_t step = 0;
-
-	return spank_get_item(sp, S_JOB_STEPID, &step) == ESPANK_SUCCESS && step == SLURM_BATCH_SCRIPT;
 }
 
 /* Children are born in the instance. A dead one can't have any: see that before Slurm tries. */
@@ -505,17 +597,16 @@ static int enter_pid_namespace(void)
 
 int slurm_spank_user_init(spank_t sp, int ac, char **av)
 {
+	(void) sp;
 	(void) ac;
 	(void) av;
 	if (joined && enter_pid_namespace())
 		joined = 0;
-	if (!*failure)
-		return 0;
-	/* A batch step that fails here would drain the node: its only task fails, in task_init. */
-	if (is_batch(sp))
-		return 0;
-	slurm_error("sdee: %s", failure);
-	return -1;
+	/*
+	 * Failures wait for task_init: a batch step that failed here would drain the node, and of
+	 * another one srun (22.05) would say so and end with 0.
+	 */
+	return 0;
 }
 
 int slurm_spank_task_post_fork(spank_t sp, int ac, char **av)
@@ -580,7 +671,7 @@ static void keep_no_directories(void)
 
 int slurm_spank_task_init(spank_t sp, int ac, char **av)
 {
-	char directory[PATH_MAX], from[PATH_MAX];
+	char directory[PATH_MAX], from[PATH_MAX], value[32];
 
 	(void) ac;
 	(void) av;
@@ -590,6 +681,11 @@ int slurm_spank_task_init(spank_t sp, int ac, char **av)
 	}
 	if (!joined)
 		return 0;
+	/* A rank of srun --mpi=pmix meets slurmstepd, on the host: see identity.py. */
+	if (spank_getenv(sp, "PMIX_NAMESPACE", from, sizeof from) == ESPANK_SUCCESS &&
+	    spank_getenv(sp, "PMIX_MCA_psec", value, sizeof value) == ESPANK_SUCCESS &&
+	    !strcmp(value, "native"))
+		spank_unsetenv(sp, "PMIX_MCA_psec");
 	if (!getcwd(directory, sizeof directory))
 		strcpy(directory, "/");
 	if (spank_getenv(sp, "SLURM_SUBMIT_DIR", from, sizeof from) != ESPANK_SUCCESS)

@@ -2,7 +2,7 @@
 
 `python -I -m sdee_launch.slurm.submit [--sdee NAME[@GENERATION]] [--exclude PATTERNS] [--keep]`
 prints NAME=VALUE lines, which the plugin hands to Prolog as SPANK_NAME; nothing if the job gets
-no environment. What is printed to stderr is the user's reason why the job isn't submitted.
+no environment, `step` if there is no job to submit: `srun --jobid` goes into one that runs. What is printed to stderr is the user's reason why the job isn't submitted.
 
 It imports little: an srun of a user without an environment must not feel it.
 """
@@ -90,6 +90,27 @@ def choose(option: str | None, variables: dict[str, str]) -> Choice | None:
     return parse_choice(name) if name and name != "no" else None
 
 
+def joins_a_job(line: Sequence[str], program: str) -> bool:
+    """Whether a command line of srun names a job to run in. Raises OSError."""
+    if not any(word.startswith("--jobi") for word in line):
+        return False
+    from sdee_launch.slurm import words
+
+    options, _ = words.split(line[1:], words.options_of(program))
+    return any(word.startswith("--jobi") for word in options)
+
+
+def _caller_joins_a_job() -> bool:
+    """As joins_a_job, for the srun that runs this."""
+    caller = f"/proc/{os.getppid()}"
+    try:
+        with open(f"{caller}/cmdline", "rb") as file:
+            line = [os.fsdecode(word) for word in file.read().split(b"\0")[:-1]]
+        return joins_a_job(line, os.readlink(f"{caller}/exe"))
+    except OSError:
+        return False
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -107,6 +128,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         choice = choose(option, dict(os.environ))
         if choice is None:
+            return 0
+        if _caller_joins_a_job():
+            print("step")
             return 0
         fields: dict[str, object] = {"environment": choice.environment, "exclude": exclude}
         if choice.generation is not None:
