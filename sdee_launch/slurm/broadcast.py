@@ -58,9 +58,13 @@ def parse_job(text: str) -> Wish | None:
     job = re.search(r"JobId=(\d+)", text)
     user = re.search(r"UserId=[^\s(]*\((\d+)\)", text)
     nodes = re.search(r"\sNodeList=(\S+)", text)
+    again = re.search(r"\sRestarts=(\d+)", text)
     if not (wants and job and user and nodes) or "JobState=RUNNING" not in text:
         return None
-    return Wish(int(job[1]), int(user[1]), wants[2], int(wants[3]), wants[1] is not None, nodes[1])
+    return Wish(
+        int(job[1]), int(user[1]), wants[2], int(wants[3]), wants[1] is not None, nodes[1],
+        int(again[1]) if again else 0,
+    )  # fmt: skip
 
 
 def wishes() -> list[Wish]:
@@ -88,15 +92,19 @@ def _marker(everything: bool) -> str:
     return "all" if everything else "new"
 
 
+def open_inbox(account: Account, job: int) -> None:
+    """On every node, whether or not it lacks something: a broadcast goes to all. Raises OSError."""
+    os.makedirs(INBOX, mode=0o711, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(f"{INBOX}/{job}", 0o700)
+        os.chown(f"{INBOX}/{job}", account.uid, account.gid)
+
+
 def receive(
     account: Account, job: int, identity: str, generation: int, everything: bool
 ) -> tuple[str, int]:
     """Wait for the bundle and unpack it: (source directory, bytes). Raises DeployProblem."""
     place = f"{INBOX}/{job}"
-    os.makedirs(INBOX, mode=0o711, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        os.mkdir(place, 0o700)
-        os.chown(place, account.uid, account.gid)
     ask(job, identity, generation, everything)
     name = _marker(everything)
     started = looked = time.monotonic()
@@ -142,6 +150,14 @@ def empty(job: int) -> None:
 def clear(job: int) -> None:
     """At the job's end."""
     shutil.rmtree(f"{INBOX}/{job}", ignore_errors=True)
+
+
+def waiting() -> list[int]:
+    """Jobs that a place is kept for on this node."""
+    try:
+        return sorted(int(name) for name in os.listdir(INBOX) if name.isdigit())
+    except FileNotFoundError:
+        return []
 
 
 def _nodes(text: str) -> list[str]:

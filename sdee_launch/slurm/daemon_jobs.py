@@ -18,7 +18,7 @@ from sdee_launch.daemon import Daemon
 from sdee_launch.daemon_ops import STARTERS, Reply, Request, operation
 from sdee_launch.daemon_requests import ENGINES, join_instance, owner_of
 from sdee_launch.protocol import Refused
-from sdee_launch.slurm import filters, identity, records, sender
+from sdee_launch.slurm import broadcast, filters, identity, records, sender
 
 log = logging.getLogger("sdeed")
 
@@ -243,13 +243,13 @@ async def clean_up(daemon: Daemon) -> None:
             await trio.to_thread.run_sync(
                 records.write, replace(record, failure="its instance ended with its daemon")
             )
-    keep = [record.place for record in records.every() if record.place]
+    known = [record.job for record in records.every()]
     try:
-        await daemon.call(0, f"{_NODE}:clear_others", {"keep": keep})
+        await daemon.call(0, f"{_NODE}:clear_others", {"known": known})
     except Refused as error:
         log.error("what crashed jobs left was not removed: %s", error)
     sender.start(daemon)
-    if any(records.every()):
+    if any(records.every()) or broadcast.waiting():
         daemon.nursery.start_soon(_end_jobs_without_epilog, daemon)
 
 
@@ -261,6 +261,10 @@ async def _end_jobs_without_epilog(daemon: Daemon) -> None:
                 await _end(daemon, record)
             except (Refused, OSError) as error:
                 log.error("job %d: %s", record.job, error)
+    # A place without a record may be that of a job whose Prolog still waits.
+    for job in broadcast.waiting():
+        if records.read(job) is None and await trio.to_thread.run_sync(over, job):
+            await trio.to_thread.run_sync(broadcast.clear, job)
 
 
 def over(job: int) -> bool:

@@ -6,6 +6,7 @@ unpacked by sdee_launch.deploy.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -107,16 +108,17 @@ def _remove(place: str) -> None:
         shutil.rmtree(place)
 
 
-def clear_others(keep: list[str]) -> None:
-    """Remove the layers of all jobs but these: what a crash has left."""
+def clear_others(known: list[int]) -> None:
+    """Of all jobs but these remove layers and marks in the cache: what a crash has left."""
+    keep = {str(job) for job in known}
+    with contextlib.suppress(FileNotFoundError):
+        for name in os.listdir(JOBS):
+            if name not in keep:
+                shutil.rmtree(f"{JOBS}/{name}", ignore_errors=True)
     try:
-        names = os.listdir(JOBS)
-    except FileNotFoundError:
-        return
-    for name in names:
-        place = f"{JOBS}/{name}"
-        if place not in keep:
-            shutil.rmtree(place, ignore_errors=True)
+        transfer.release_others(config.site_settings(), known)
+    except (config.ConfigError, transfer.TransferError) as error:
+        raise Refused(str(error)) from None
 
 
 def caches() -> list[dict[str, object]]:

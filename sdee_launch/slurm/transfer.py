@@ -9,9 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from sdee_launch import environments
-from sdee_launch.accounts import Account
+from sdee_launch.accounts import Account, account_of
 from sdee_launch.config import ENGINES, Settings
 from sdee_launch.deploy import api, cache, places
 from sdee_launch.deploy.errors import DeployProblem
@@ -153,6 +154,12 @@ def fetch(
         if reference.transport == "shared":
             done = api.ensure(account, where, reference.source, identity, number, key)
             return done.tree, done.bytes_read
+        broadcast.open_inbox(account, job)
+        place = f"{where}/{account.uid}/{identity}/{number}"
+        if os.path.isdir(place):
+            # A damaged one is brought anew: there is nothing to make it of here.
+            with contextlib.suppress(DeployProblem):
+                return api.ensure(account, where, f"{place}.none", identity, number, key).tree, 0
         source, size = broadcast.receive(account, job, identity, number, everything=False)
         try:
             tree = api.ensure(account, where, source, identity, number, key).tree
@@ -177,6 +184,27 @@ def release(account: Account, settings: Settings, job: int) -> None:
             cache.prune(account, where, places.parse_size(str(limit)))
     except (DeployProblem, OSError) as error:
         raise TransferError(str(error)) from None
+
+
+def release_others(settings: Settings, known: list[int]) -> None:
+    """Jobs that this node doesn't know use no generation: a crash has left their marks.
+
+    All users' are tried. Raises TransferError with what failed for one of them.
+    """
+    problem = ""
+    where = places.cache_directory(settings)
+    keep = {f"job-{job}" for job in known}
+    marks = [path.relative_to(where).parts for path in Path(where).glob("*/*/*/users/job-*")]
+    for uid, key in sorted({(parts[0], parts[-1]) for parts in marks}):
+        if uid.isdigit() and key not in keep:
+            try:
+                # A user who is gone leaves a cache that nobody asks for.
+                with contextlib.suppress(KeyError):
+                    api.release(account_of(int(uid)), where, key)
+            except (DeployProblem, OSError) as error:
+                problem = f"{key} of uid {uid}: {error}"
+    if problem:
+        raise TransferError(problem)
 
 
 def save(account: Account, settings: Settings, record: Record) -> dict[str, object]:
