@@ -175,7 +175,7 @@ class Apply:
 
     def _linked(self, old: Line | None, line: Line) -> int | None:
         """The size of a file that is as base has it and has been linked; else None."""
-        if self._sources is None or old is None or old.text != line.text:
+        if self._sources is None or old is None or not entries.same_but_for_change(old, line):
             return None
         _, kind, _, _, _, mtime, size, _, _, group, *_ = line.text.split(b"\t")
         if kind != b"f" or group != b"0":

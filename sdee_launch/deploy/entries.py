@@ -148,6 +148,15 @@ def content_of(line: bytes) -> tuple[int, int]:
     return int(fields[1]), int(fields[2])
 
 
+def same_but_for_change(old: Line, new: Line) -> bool:
+    """Whether two lines differ in no more than what the source knows a change by. If so, `new` is as
+    proper as `old`."""
+    if old.text == new.text:
+        return True
+    head, *change = new.text.rsplit(b"\t", 2)
+    return old.text.rsplit(b"\t", 2)[0] == head and all(map(bytes.isdigit, change))
+
+
 def decode(line: bytes) -> Entry:
     """The entry of a line. Raises Damaged on anything that `encode` wouldn't write."""
     try:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sdee_launch.deploy import entries
-from sdee_launch.deploy.entries import Entry
+from sdee_launch.deploy.entries import Entry, Line
 from sdee_launch.deploy.errors import Damaged
 from sdee_launch.deploy.exclude import DEFAULTS, Excluded
 
@@ -99,6 +99,27 @@ def test_a_line_begins_and_ends_as_its_object_is(entry: Entry) -> None:
     assert entries.content_of(line) == (entry.group, entry.generation)
     (read,) = list(entries.lines(io.BytesIO(_written([entry]))))
     assert (read.path, read.text, read.kind) == (entry.path, line, entry.kind.encode())
+
+
+def test_lines_that_differ_for_the_source_alone() -> None:
+    entry = Entry(b"a", "f", 0o644, 0, 0, 1, 3, generation=1, digest="ab" * 32, ctime_ns=5, inode=6)
+
+    def line(entry: Entry, cut: int | None = -1, more: bytes = b"") -> Line:
+        return Line(entry.path, entries.encode(entry)[:cut] + more)
+
+    old = line(entry)
+    assert entries.same_but_for_change(old, old)
+    assert entries.same_but_for_change(old, line(entry._replace(ctime_ns=7, inode=0)))
+    for other in (
+        line(entry._replace(mode=0o600)),
+        line(entry._replace(generation=2)),
+        line(entry._replace(digest="cd" * 32)),
+        line(entry, more=b"x"),
+        line(entry, -3),
+        line(entry, -5),
+        line(entry, more=b"\t6"),
+    ):
+        assert not entries.same_but_for_change(old, other)
 
 
 def _written(wanted: list[Entry]) -> bytes:
