@@ -26,8 +26,9 @@ from dataclasses import dataclass, replace
 
 import trio
 
-from sdee_launch import config, daemon_ops, instances, keeper, mask_live, protocol
+from sdee_launch import config, daemon_ops, instances, keeper, protocol
 from sdee_launch.daemon_ops import Request
+from sdee_launch.daemon_secrets import Secrets
 from sdee_launch.daemon_wire import listening_socket, notify, receive, send
 from sdee_launch.instances import Record, Registry
 from sdee_launch.masks import RULE, Masks, Rule
@@ -117,7 +118,7 @@ class Daemon:
         self.limits = limits
         self.registry = Registry(state)
         self.masks = Masks(os.path.join(state, "masks"), rule)
-        self.masks_ready = trio.Event()
+        self.secrets = Secrets(self.masks, self.registry, limits.mask_seconds)
         self.nursery: trio.Nursery
         self.started_at = time.time()
         self.counts: Counter[str] = Counter()
@@ -274,7 +275,8 @@ class Daemon:
             self.masks.prune(r.mask for r in self.registry.of())
             for starter in daemon_ops.STARTERS:
                 await starter(self)
-            nursery.start_soon(self._scan_for_secrets)
+            nursery.start_soon(self.secrets.scan_and_again)
+            nursery.start_soon(self.secrets.watch)
             nursery.start_soon(self._close_idle_keepers)
             log.info("ready; %d live instances", len(self.registry.of()))
             notify("READY=1")
@@ -287,48 +289,9 @@ class Daemon:
                     continue
                 nursery.start_soon(self._serve_client, client)
 
-    async def _scan_for_secrets(self) -> None:
-        if self.masks.load(self.limits.mask_seconds):
-            self.masks_ready.set()
-        while True:
-            now = time.clock_gettime(time.CLOCK_BOOTTIME)
-            age = now - self.masks.scanned_at if self.masks.complete else float("inf")
-            if age < self.limits.mask_seconds:
-                await trio.sleep(self.limits.mask_seconds - age)
-                continue
-            try:
-                await self.rescan()
-            except (OSError, ValueError, RuntimeError) as error:
-                log.error("the scan for secrets failed: %s", error)
-                await trio.sleep(min(10.0, self.limits.mask_seconds))
-
     async def rescan(self) -> None:
-        """Scan lower now. Raises OSError, ValueError, RuntimeError."""
-        started = time.clock_gettime(time.CLOCK_BOOTTIME)
-        done = await trio.run_process(
-            [sys.executable, "-I", "-m", "sdee_launch.mask_scan"],
-            capture_stdout=True,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"mask_scan ended with {done.returncode}")
-        await trio.to_thread.run_sync(self.masks.accept, done.stdout.decode("ascii"), started)
-        await self._hide_from_live()
-        self.masks.prune([record.mask for record in self.registry.of()])
-        self.masks_ready.set()
-
-    async def _hide_from_live(self) -> None:
-        """What is secret now is so in the instances that live, too."""
-        from sdee_launch.daemon_requests import owner_of
-
-        for record in self.registry.of():
-            try:
-                owner = await owner_of(record.uid)
-                gids = (owner.gid, *owner.groups)
-                if await trio.to_thread.run_sync(mask_live.hide, self.masks, record, gids):
-                    log.info("more is hidden in %s of uid %d", record.environment, record.uid)
-            except (OSError, RuntimeError, Refused) as error:
-                log.error("hide from %s of uid %d: %s", record.environment, record.uid, error)
+        """Scan lower for secrets now. Raises OSError, ValueError, RuntimeError."""
+        await self.secrets.scan()
 
     async def _close_idle_keepers(self) -> None:
         while True:

@@ -133,7 +133,7 @@ async def _make(
             f"{daemon.limits.instances} instances are alive, the most that one user may have",
             "busy",
         )
-    await daemon.masks_ready.wait()
+    await daemon.secrets.ready.wait()
     gids = frozenset((owner.gid, *owner.groups))
     trees: dict[str, str] = {}
     try:

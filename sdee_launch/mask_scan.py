@@ -83,15 +83,16 @@ def scan(
     foreign_mounts: frozenset[bytes] = frozenset(),
     always_empty: Sequence[bytes] = ALWAYS_EMPTY,
     homes: Sequence[bytes] = HOMES,
+    start: Sequence[bytes] = (b"",),
 ) -> Iterator[Hidden]:
     """Every hidden object below `root`, parents before children; never into `foreign_mounts`.
 
-    Objects that vanish meanwhile are left out; a directory that can't be walked counts as hidden.
+    `start`: only below these directories. Objects that vanish meanwhile are left out; a directory that can't be walked counts as hidden.
     """
     mounted: dict[bytes, set[bytes]] = {}
     for point in foreign_mounts:
         mounted.setdefault(os.path.dirname(point), set()).add(os.path.basename(point))
-    stack = [b""]
+    stack = list(start)
     while stack:
         relative = stack.pop()
         try:
@@ -109,6 +110,28 @@ def scan(
         stack += below
 
 
+def again(
+    old: Iterable[Hidden], changed: Iterable[bytes], homes: Sequence[bytes], root: bytes = b"/"
+) -> list[Hidden]:
+    """A scan brought up to date at some paths, and below them; sorted."""
+    foreign = foreign_mounts()
+    for path in sorted(changed):
+        parent, name = os.path.split(path)
+        old = [x for x in old if x.path != path and not x.path.startswith(path + b"/")]
+        above = set(parents(path))
+        if any(x.path in above and x.is_directory() and not x.walked for x in old):
+            continue  # in a directory that is hidden whole
+        if os.path.join(root, path) in foreign:
+            continue
+        try:
+            found, below = _one_directory(root, parent, {}, ALWAYS_EMPTY, homes, name)
+        except OSError:
+            continue
+        old += found
+        old += scan(root, foreign, ALWAYS_EMPTY, homes, below)
+    return sorted(old)
+
+
 def _hidden_whole(root: bytes, relative: bytes) -> Hidden:
     try:
         status = os.lstat(os.path.join(root, relative))
@@ -123,8 +146,9 @@ def _one_directory(
     mounted: Mapping[bytes, set[bytes]],
     always_empty: Sequence[bytes],
     homes: Sequence[bytes],
+    only: bytes = b"",
 ) -> tuple[list[Hidden], list[bytes]]:
-    """The hidden objects in one directory, and its directories to walk."""
+    """The hidden objects in one directory (`only` one name), and its directories to walk."""
     if len(relative) > LONGEST_PATH:
         raise OSError(f"{relative[:40]!r}… is too long a path")
     found, below = [], []
@@ -134,7 +158,7 @@ def _one_directory(
     with os.scandir(top) as entries:
         # Half a million objects are usual: what is plain of most is told with the fewest words.
         for entry in entries:
-            if entry.is_symlink() or entry.name in foreign:
+            if entry.is_symlink() or entry.name in foreign or (only and entry.name != only):
                 continue
             try:
                 status = entry.stat(follow_symlinks=False)

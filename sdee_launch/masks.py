@@ -278,7 +278,25 @@ class Masks:
 
     def accept(self, output: str, started_at: float) -> None:
         """Put the output of `python -m sdee_launch.mask_scan` in force. Raises ValueError."""
-        self._scan = _parse(output.splitlines())
+        self._put(_parse(output.splitlines()), output, started_at)
+
+    def update(self, changed: Iterable[bytes], homes: Sequence[bytes]) -> bool:
+        """Look again at some paths, relative to /; whether anything is otherwise than it was."""
+        if self._scan is None:
+            return False
+        now = tuple(mask_scan.again(self._scan, changed, homes))
+        if now == tuple(sorted(self._scan)):
+            return False
+        lines = "".join(mask_scan.to_line(item) + "\n" for item in now)
+        self._put(now, lines + "whole\n", self.scanned_at)
+        return True
+
+    def secrets(self) -> list[bytes]:
+        """The paths of all that is hidden from somebody."""
+        return [item.path for item in self._scan or ()]
+
+    def _put(self, scan: tuple[Hidden, ...], output: str, started_at: float) -> None:
+        self._scan = scan
         self._trees.clear()
         self.scanned_at = started_at
         head = {"format": _FORMAT, "boot": _boot_id(), "at": started_at}

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
 
-from sdee_launch import mask_scan, masks, stand_ins
+from sdee_launch import mask_scan, mask_watch, masks, stand_ins
 from sdee_launch.mask_scan import Hidden, hidden_from, scan
+from tests.env.daemon_lab import wait_for
 
 
 @pytest.fixture
@@ -171,6 +174,69 @@ def test_trees_are_whole_named_by_content_and_pruned(tmp_path: Path) -> None:
         assert not again.complete
     finally:
         store.close()
+
+
+def test_some_paths_are_looked_at_again(lower: Path) -> None:
+    """As a whole scan would find it, whatever happened there."""
+    where = bytes(lower)
+
+    def check(*changed: str) -> None:
+        nonlocal known
+        now = mask_scan.again(known, [os.fsencode(x) for x in changed], (), where)
+        assert now == sorted(scan(where, homes=()))
+        known = now
+
+    known = sorted(scan(where, homes=()))
+    (lower / "etc/new").write_text("x")
+    (lower / "etc/new").chmod(0o600)
+    (lower / "etc/plain").write_text("x")
+    check("etc/new", "etc/plain", "etc/none")
+    (lower / "etc/new").chmod(0o644)
+    tree = lower / "etc/tree/deep"
+    tree.mkdir(parents=True)
+    (tree / "key").touch(0o600)
+    check("etc/new", "etc/tree")
+    (lower / "etc/tree").chmod(0o700)
+    check("etc/tree")
+    (tree / "other").touch(0o600)
+    check("etc/tree/deep/other")
+    (lower / "etc/tree").chmod(0o755)
+    check("etc/tree")
+    shutil.rmtree(lower / "etc/tree")
+    check("etc/tree/deep/key", "etc/tree")
+
+
+def test_directories_of_secrets_are_watched(lower: Path) -> None:
+    def changed() -> set[bytes] | None:
+        return watch.changed()
+
+    def is_changed(path: bytes) -> None:
+        wait_for(lambda: path in (changed() or ()), os.fsdecode(path), 10)
+
+    (lower / "opt/program").mkdir(parents=True)
+    (lower / "opt/others").mkdir()
+    os.chown(lower / "opt/others", 1000, 1000)
+    with contextlib.closing(mask_watch.Watch(bytes(lower))) as watch:
+        watch.cover([b"opt/program/key", b"opt/others/key", b"none/such"])
+        assert changed() == set()
+        (lower / "etc/new").touch()
+        is_changed(b"etc/new")
+        (lower / "etc/new").write_text("data is nothing new")
+        (lower / "opt/others/key").touch()
+        assert changed() == set()
+        (lower / "etc/new").chmod(0o600)
+        is_changed(b"etc/new")
+        (lower / "opt/program/key").touch()
+        is_changed(b"opt/program/key")
+        (lower / "etc/directory/below").mkdir(parents=True)
+        is_changed(b"etc/directory")
+        watch.mark_below(b"etc/directory")
+        (lower / "etc/directory/below/key").touch()
+        is_changed(b"etc/directory/below/key")
+        for number in range(mask_watch.MOST_NAMES + 1):
+            (lower / f"etc/{number}").touch()
+        assert changed() is None
+        assert changed() == set()
 
 
 def test_a_tree_in_use_only_grows(tmp_path: Path) -> None:

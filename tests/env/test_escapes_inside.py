@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -255,6 +256,27 @@ def test_a_secret_made_while_the_instance_lives(node: Node, alice: User) -> None
             assert "of today" not in node.sshd.run(alice, f"cat {path}").stdout
         finally:
             path.unlink()
+
+
+def test_a_secret_in_etc_is_hidden_soon(node: Node, alice: User) -> None:
+    """From an instance that lives, and without a scan that is asked for."""
+    path, directory = Path("/etc/sdee-key"), Path("/etc/sdee-new")
+    with node.sleeping(alice):
+        try:
+            path.write_text("for all\n")
+            assert node.say(alice, f"cat {path}") == "for all"
+            path.chmod(0o600)
+            path.write_text("of today\n")
+            directory.mkdir()
+            (directory / "key").touch(0o600)
+            (directory / "key").write_text("of today\n")
+            names = f"{path} {directory}/key"
+            wait_for(
+                lambda: "today" not in node.sshd.run(alice, f"cat {names}").stdout, "hidden", 10
+            )
+        finally:
+            path.unlink()
+            shutil.rmtree(directory)
 
 
 def test_what_becomes_secret_is_hidden_from_who_has_seen_it(node: Node, alice: User) -> None:
