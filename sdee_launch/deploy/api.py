@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 from sdee_launch.accounts import Account
-from sdee_launch.deploy import entries, generations
+from sdee_launch.deploy import bundle, entries, generations
 from sdee_launch.deploy.cache import DEFAULT, Ensured, ensure, release
 from sdee_launch.deploy.entries import Entry
 from sdee_launch.deploy.errors import Damaged, DeployProblem
@@ -205,7 +205,6 @@ def _disk_use(upper: int, path: bytes) -> int:
 
 def write_bundle(account: Account, state: str, number: int, have: int, path: str) -> int:
     """One file for sbcast, in a place of the user's; returns its bytes. Raises DeployProblem."""
-    from sdee_launch.deploy import bundle  # brings tarfile, which nothing else needs
 
     def work() -> int:
         with State(state) as opened, open(path, "wb") as file:
@@ -216,7 +215,6 @@ def write_bundle(account: Account, state: str, number: int, have: int, path: str
 
 def unpack_bundle(account: Account, path: str, directory: str) -> None:
     """The source directory that `ensure` takes, made of a bundle. Raises DeployProblem."""
-    from sdee_launch.deploy import bundle
 
     def work() -> None:
         remove_tree(directory)

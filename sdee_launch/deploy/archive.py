@@ -89,10 +89,11 @@ def end() -> bytes:
 
 
 class Reader:
-    """Reads an archive from a stream. Iterating gives the members; `take` the data of the last."""
+    """Reads an archive from a stream. Iterating gives the members; `take` the data of the last.
+    `what` it is stands in errors."""
 
-    def __init__(self, stream: Stream) -> None:
-        self._stream = stream
+    def __init__(self, stream: Stream, what: str = "a package") -> None:
+        self._stream, self._what = stream, what
         self._buffer = b""
         self._at = 0  # in the buffer
         self._left = 0  # of the last member's data
@@ -109,16 +110,16 @@ class Reader:
             if block[257:262] != b"ustar":
                 if not block.strip(b"\0"):
                     return
-                raise Damaged("a package is no archive, or not whole")
+                raise Damaged(f"{self._what} is no archive, or not whole")
             if kind == _RECORDS:
                 size = _size(block[124:136])
                 if size > MAX_RECORDS:
-                    raise Damaged("a package has a header without end")
+                    raise Damaged(f"{self._what} has a header without end")
                 records = _records(self._exactly(size))
                 self._exactly(-size % BLOCK)
                 continue
             if kind not in (_REGULAR, b"\0"):
-                raise Damaged(f"a package has something else than a file: {name[:80]!r}")
+                raise Damaged(f"{self._what} has something else than a file: {name[:80]!r}")
             if prefix := block[345:500].partition(b"\0")[0]:
                 name = prefix + b"/" + name
             size = _number(records[b"size"]) if b"size" in records else _size(block[124:136])
@@ -150,7 +151,7 @@ class Reader:
             self._at = 0
             self._buffer = self._stream.read(max(most, CHUNK))
             if not self._buffer:
-                raise Damaged("a package is cut off")
+                raise Damaged(f"{self._what} is cut off")
             if len(self._buffer) <= most:
                 data, self._buffer = self._buffer, b""
                 return data
@@ -172,7 +173,7 @@ class Reader:
 
 def _number(text: bytes) -> int:
     if not text.isdigit() or len(text) > 19:
-        raise Damaged("a package has a header that can't be read")
+        raise Damaged("an archive has a header that can't be read")
     return int(text)
 
 
@@ -182,7 +183,7 @@ def _size(field: bytes) -> int:
     except ValueError:
         size = -1
     if size < 0:
-        raise Damaged("a package has a header that can't be read")
+        raise Damaged("an archive has a header that can't be read")
     return size
 
 
@@ -194,7 +195,7 @@ def _records(text: bytes) -> dict[bytes, bytes]:
         end = at + _number(text[at : max(blank, at)])
         key, equals, value = text[blank + 1 : end].partition(b"=")
         if end > len(text) or not equals or not value.endswith(b"\n"):
-            raise Damaged("a package has a header that can't be read")
+            raise Damaged("an archive has a header that can't be read")
         found[key] = value[:-1]
         at = end
     return found

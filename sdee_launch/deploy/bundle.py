@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import os
 import re
-import tarfile
+import shutil
 from typing import IO
 
+from sdee_launch.deploy import archive
 from sdee_launch.deploy.errors import Damaged, DeployProblem
 from sdee_launch.deploy.generations import State
 
-_NAME = re.compile(r"[1-9][0-9]{0,17}\.(manifest|pack)")
+#: So much is copied at once.
+BLOCK = 1 << 20
+_NAME = re.compile(rb"[1-9][0-9]{0,17}\.(manifest|pack)")
 
 
 def write(state: State, number: int, have: int, file: IO[bytes]) -> int:
@@ -23,11 +26,14 @@ def write(state: State, number: int, have: int, file: IO[bytes]) -> int:
     Packages after `have` are enough for it, as those that it has are in its tree already.
     """
     about = state.about(number)
-    with tarfile.open(fileobj=file, mode="w|", format=tarfile.PAX_FORMAT, bufsize=1 << 20) as tar:
-        tar.add(state.file(number, "manifest"), f"{number}.manifest")
-        for package in about.packages:
-            if package > have:
-                tar.add(state.file(package, "pack"), f"{package}.pack")
+    names = [(number, "manifest"), *((one, "pack") for one in about.packages if one > have)]
+    for one, what in names:
+        with open(state.file(one, what), "rb") as source:
+            size = os.fstat(source.fileno()).st_size
+            file.write(archive.header(b"%d.%b" % (one, what.encode()), size))
+            shutil.copyfileobj(source, file, BLOCK)
+            file.write(archive.padding(size))
+    file.write(archive.end())
     return file.tell()
 
 
@@ -38,24 +44,20 @@ def read(file: IO[bytes], directory: str) -> None:
     """
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        with tarfile.open(fileobj=file, mode="r|", bufsize=1 << 20) as tar:
-            for info in tar:
-                if not info.isreg() or not _NAME.fullmatch(info.name):
-                    raise Damaged(f"a bundle has what no bundle has: {info.name[:80]!r}")
-                content = tar.extractfile(info)
-                assert content is not None
-                out = os.open(
-                    info.name,
-                    os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
-                    0o600,
-                    dir_fd=fd,
-                )
-                with os.fdopen(out, "wb") as target:
-                    while data := content.read(1 << 20):
-                        target.write(data)
-    except tarfile.TarError as error:
-        raise Damaged(f"a bundle can't be read ({error})") from None
+        reader = archive.Reader(file, "a bundle")
+        for member in reader:
+            if not _NAME.fullmatch(member.path):
+                raise Damaged(f"a bundle has what no bundle has: {member.path[:80]!r}")
+            out = os.open(
+                member.path,
+                os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC,
+                0o600,
+                dir_fd=fd,
+            )
+            with os.fdopen(out, "wb") as target:
+                while data := reader.take(BLOCK):
+                    target.write(data)
     except FileExistsError as error:
-        raise DeployProblem(f"{error.filename} is there twice") from None
+        raise DeployProblem(f"{os.fsdecode(error.filename)} is there twice") from None
     finally:
         os.close(fd)

@@ -143,6 +143,35 @@ def test_damage_on_the_way(lab: Lab, what: str, harm: str) -> None:
     assert lab.tree(lab.ensure(submitted).tree) == lab.tree()
 
 
+@pytest.mark.parametrize(
+    ("name", "kind", "match"),
+    [
+        ("../1.pack", tarfile.REGTYPE, "what no bundle has"),
+        ("passwd", tarfile.REGTYPE, "what no bundle has"),
+        ("2.pack", tarfile.SYMTYPE, "something else than a file"),
+        ("1.manifest", tarfile.REGTYPE, "there twice"),
+        ("", tarfile.REGTYPE, "cut off"),
+    ],
+)
+def test_a_bundle_that_means_harm(lab: Lab, name: str, kind: bytes, match: str) -> None:
+    path = str(lab.place / "state/bundle")
+
+    def forge() -> None:
+        with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+            for one, what in (("1.manifest", tarfile.REGTYPE), (name, kind)):
+                info = tarfile.TarInfo(one)
+                info.type, info.linkname = what, "/etc/shadow"
+                if one:
+                    tar.addfile(info)
+        if not name:
+            os.truncate(path, 700)
+
+    lab.inside(forge)
+    with pytest.raises(DeployProblem, match=match):
+        api.unpack_bundle(lab.account, path, str(lab.place / "state/source"))
+    assert not (lab.place / "state/1.pack").exists()
+
+
 @pytest.mark.parametrize("kind", ["link", "pipe", "others", "directory"])
 def test_a_spool_s_file_must_be_the_user_s_own(lab: Lab, kind: str) -> None:
     lab.inside(lambda: fill(lab.upper))
