@@ -1,8 +1,9 @@
 """Putting an instance's root together: in a child, root of its new user, mount and PID namespaces.
 
-Two rounds: first everything that comes from the host is opened, as detached mounts; then the merged
-root is attached and the rest put on top. Targets are looked up *in* the new root (RESOLVE_IN_ROOT):
-what the user's upper has there may be any link.
+Two rounds: `gather` opens everything that comes from the host and makes what is new, as detached
+mounts, while the merged root may still be on its way; `assemble` attaches that and puts the rest on
+top. Targets are looked up *in* the new root (RESOLVE_IN_ROOT): what the user's upper has there may
+be any link.
 """
 
 from __future__ import annotations
@@ -40,24 +41,23 @@ class Material:
     links: Mapping[str, str] = field(default_factory=dict)  # made below /run
 
 
-def assemble(plan: Plan, material: Material) -> None:
-    """Make the plan real and pivot to it. Raises AssemblyFailed."""
+def gather(plan: Plan) -> dict[int, int]:
+    """Detached mounts of what doesn't depend on the merged root, by the number of the step.
+
+    Raises AssemblyFailed.
+    """
     try:
         sc.mount(None, b"/", None, sc.MS_REC | sc.MS_SLAVE)
     except OSError as error:
         raise AssemblyFailed(f"make / a slave: {error.strerror}") from None
-    sources = _open_sources(plan)
-    root = _attach_root(material.mounts)
-    for point, mount in material.mounts[1:]:
-        _put(root, mount, point, True, "the merged mount")
-    _fill(plan, material, sources, root)
-    _pivot(root)
-
-
-def _open_sources(plan: Plan) -> dict[int, int]:
-    """Detached mounts of what is bound, by the number of the step."""
     found = {}
     for number, step in enumerate(plan.steps):
+        if isinstance(step, Proc):
+            found[number] = _filesystem("proc", {}, _TIGHT)
+            continue
+        if isinstance(step, Tmpfs):
+            found[number] = _tmpfs(step)
+            continue
         if not isinstance(step, Bind):
             continue
         try:
@@ -82,6 +82,15 @@ def _open_sources(plan: Plan) -> dict[int, int]:
     return found
 
 
+def assemble(plan: Plan, material: Material, gathered: Mapping[int, int]) -> None:
+    """Make the plan real with what `gather` gave, and pivot to it. Raises AssemblyFailed."""
+    root = _attach_root(material.mounts)
+    for point, mount in material.mounts[1:]:
+        _put(root, mount, point, True, "the merged mount")
+    _fill(plan, material, gathered, root)
+    _pivot(root)
+
+
 def _attach_root(mounts: Sequence[tuple[bytes, int]]) -> int:
     """Attach the merged root somewhere and go there; gives a descriptor of it."""
     reason = "nothing"
@@ -96,17 +105,15 @@ def _attach_root(mounts: Sequence[tuple[bytes, int]]) -> int:
     raise AssemblyFailed(f"the merged root can't be attached: {reason}")
 
 
-def _fill(plan: Plan, material: Material, sources: Mapping[int, int], root: int) -> None:
+def _fill(plan: Plan, material: Material, gathered: Mapping[int, int], root: int) -> None:
     for number, step in enumerate(plan.steps):
         shown = os.fsdecode(step.target)
         if isinstance(step, Bind):
-            if number in sources:
-                _bind(root, sources[number], step)
-                os.close(sources[number])
-        elif isinstance(step, Proc):
-            _put(root, _filesystem("proc", {}, _TIGHT), step.target, True, shown)
-        elif isinstance(step, Tmpfs):
-            _tmpfs(root, step)
+            if number in gathered:
+                _bind(root, gathered[number], step)
+                os.close(gathered[number])
+        elif isinstance(step, Proc | Tmpfs):
+            _put(root, gathered[number], step.target, True, shown)
             if step.target == b"/run":
                 _write_run(root, material)
         elif isinstance(step, Private):
@@ -140,12 +147,12 @@ def _filesystem(fstype: str, options: Mapping[str, str], attributes: int) -> int
             os.close(fs)
 
 
-def _tmpfs(root: int, step: Tmpfs) -> None:
+def _tmpfs(step: Tmpfs) -> int:
     mount = _filesystem("tmpfs", {"size": step.size, "mode": f"{step.mode:o}"}, _TMP)
     for name, mode in step.directories:
         os.mkdir(name, mode, dir_fd=mount)
         os.chmod(name, mode, dir_fd=mount)
-    _put(root, mount, step.target, True, os.fsdecode(step.target))
+    return mount
 
 
 def _write_run(root: int, material: Material) -> None:

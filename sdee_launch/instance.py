@@ -20,7 +20,7 @@ from typing import NoReturn
 
 from mount_helpers import syscalls as sc
 from sdee_launch import init, join, membership
-from sdee_launch.assemble import AssemblyFailed, Material, assemble
+from sdee_launch.assemble import AssemblyFailed, Material, assemble, gather
 from sdee_launch.plan import Plan
 from sdee_launch.privileges import Guard
 
@@ -100,6 +100,13 @@ class Spare:
         self.pidfd = pidfd
         self._channel = channel
 
+    def begin(self, plan: Plan) -> None:
+        """Let it start on what a plan takes from the host; `become` follows, with the same plan."""
+        try:
+            _send(self._channel, pickle.dumps(plan), [])
+        except OSError:
+            pass  # it has ended: `become` says why
+
     def become(self, recipe: Recipe, seconds: float = PATIENCE) -> int:
         """Let it be the init of an instance; its pid. Closes this. Raises InstanceProblem."""
         member = membership.make()
@@ -107,8 +114,8 @@ class Spare:
             data, fds = _pack(recipe)
             try:
                 _send(self._channel, data, [member, *fds])
-            except OSError as error:
-                raise InstanceProblem(f"its init ended too early: {error.strerror}") from None
+            except OSError:
+                pass  # it has ended, and may have said why
             _wait_ready(self._channel, seconds)
         except BaseException:
             self.discard()
@@ -179,8 +186,10 @@ def create(
     write_maps: Callable[[int], None] | None,
     seconds: float = PATIENCE,
 ) -> int:
-    """`prepare` and `Spare.become` in one: the pid of the init. Raises InstanceProblem."""
-    return prepare(new_user_namespace, write_maps, recipe.namespaces).become(recipe, seconds)
+    """`prepare`, `begin` and `become` in one: the pid of the init. Raises InstanceProblem."""
+    spare = prepare(new_user_namespace, write_maps, recipe.namespaces)
+    spare.begin(recipe.plan)
+    return spare.become(recipe, seconds)
 
 
 def _wait_ready(channel: socket.socket, seconds: float) -> None:
@@ -242,12 +251,12 @@ def _unpack(data: bytes, fds: Sequence[int]) -> Recipe:
 
 
 def _send(channel: socket.socket, data: bytes, fds: Sequence[int]) -> None:
-    head = len(data).to_bytes(4, "big")
-    for start in range(0, len(fds), _MOST_FDS):
-        part = fds[start : start + _MOST_FDS]
-        more = b"+" if start + _MOST_FDS < len(fds) else b"."
-        socket.send_fds(channel, [more], part)
-    channel.sendall(head + data)
+    rest = list(fds)
+    while len(rest) > _MOST_FDS:
+        socket.send_fds(channel, [b"+"], rest[:_MOST_FDS])
+        del rest[:_MOST_FDS]
+    socket.send_fds(channel, [b"."], rest)
+    channel.sendall(len(data).to_bytes(4, "big") + data)
 
 
 def _receive(channel: socket.socket) -> tuple[bytes, list[int]] | None:
@@ -281,14 +290,18 @@ def _child(channel: socket.socket) -> NoReturn:
         os.setsid()
         os.umask(0o022)
         init.set_title("sdee-spare init")
-        got = _receive(channel)
-        if got is None:
+        begun = _receive(channel)
+        if begun is None:
             os._exit(0)
-        data, (member, *fds) = got
         try:
-            recipe = _unpack(data, fds)
             sc.unshare(sc.CLONE_NEWNS)
-            assemble(recipe.plan, recipe.material)
+            gathered = gather(pickle.loads(begun[0]))
+            got = _receive(channel)
+            if got is None:
+                os._exit(0)
+            data, (member, *fds) = got
+            recipe = _unpack(data, fds)
+            assemble(recipe.plan, recipe.material, gathered)
             join.apply_guard(
                 recipe.guard.capabilities, recipe.guard.seccomp, recipe.guard.no_new_privs
             )

@@ -139,6 +139,11 @@ def make_instance(
             stack.callback(os.close, lock)
         with as_user(user):
             tops = _open_tops(environment, job, stack)
+        kind = (user, maps, settings.namespaces)
+        spare = _take_spare(kind) or _make_spare(kind)
+        unless_used = stack.enter_context(contextlib.ExitStack())
+        unless_used.callback(spare.discard)
+        spare.begin(made_plan)
         merged = engines.pick(
             engine,
             {
@@ -171,8 +176,8 @@ def make_instance(
             lasting=lasting,
             namespaces=settings.namespaces,
         )
-        kind = (user, maps, settings.namespaces)
-        pid = (_take_spare(kind) or _make_spare(kind)).become(recipe)
+        unless_used.pop_all()
+        pid = spare.become(recipe)
         # The kernel takes its time to close mounts that are attached nowhere.
         _next.closing = mounts.pop_all()
         _next.kind, _next.engine = kind, merged.engine
