@@ -27,6 +27,9 @@ HERE = Path(__file__).resolve().parent
 #: Longer than any healthy step takes on a loaded machine.
 PATIENCE = 90.0
 
+#: Stands for a GPU: each node has one, for the job that asks for it.
+DEVICE = "/dev/full"
+
 #: Directories of the host that nodes mount over; made if missing, taken away if still empty.
 MOUNT_POINTS = ("/etc/sdee", "/var/lib/sdee", "/etc/slurm", "/var/log/slurm", "/var/lib/slurm")
 
@@ -44,11 +47,14 @@ SlurmctldLogFile=/var/log/slurm/slurmctld.log
 SlurmdLogFile=/var/log/slurm/slurmd.log
 SlurmdDebug={debug}
 ProctrackType={proctrack}
-TaskPlugin=task/none
+TaskPlugin={task}
+TaskPluginParam=none
 SelectType=select/cons_tres
-SelectTypeParameters=CR_Core
+SelectTypeParameters=CR_Core_Memory
+DefMemPerCPU=1000
+GresTypes=gpu
 SlurmdParameters=config_overrides
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=0
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,bf_interval=1
 ReturnToService=2
 MailProg=/bin/true
 KillWait=3
@@ -60,7 +66,7 @@ BatchStartTimeout=60
 InactiveLimit=0
 MpiDefault=none
 {hooks}
-NodeName={computes} NodeAddr={addresses} CPUs=4 RealMemory=2000 State=UNKNOWN
+NodeName={computes} NodeAddr={addresses} CPUs=4 RealMemory=64000 Gres=gpu:1 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE OverSubscribe=FORCE:4 State=UP
 """
 
@@ -136,6 +142,12 @@ class Cluster:
         """Name of the cluster's directory in each cgroup hierarchy."""
         return self.directory.name
 
+    @property
+    def limits_by_cgroup(self) -> bool:
+        """Whether Slurm can hold jobs to their memory and devices: with hierarchies of cgroup v1."""
+        top = Path("/sys/fs/cgroup")
+        return all((top / name / "cgroup.procs").exists() for name in ("devices", "memory"))
+
     def __enter__(self) -> Cluster:
         self._sweep()
         self.directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir="/var/tmp"))
@@ -179,7 +191,11 @@ class Cluster:
                 self._made.append(path)
         self._write_etc()
         for controller in Path("/sys/fs/cgroup").iterdir():
-            if (controller / "cgroup.procs").exists() and controller.name in ("freezer", "memory"):
+            if (controller / "cgroup.procs").exists() and controller.name in (
+                "devices",
+                "freezer",
+                "memory",
+            ):
                 (controller / self.cgroup).mkdir(exist_ok=True)
         self._switch = self._spawn(
             ["unshare", "--net", "--kill-child", "--fork", "sleep", "infinity"], "switch"
@@ -210,18 +226,22 @@ class Cluster:
         slurm.mkdir()
         computes = [self.nodes[name] for name in self.computes]
         freezer = Path("/sys/fs/cgroup/freezer").is_dir()
+        limits = freezer and self.limits_by_cgroup
         (slurm / "slurm.conf").write_text(
             SLURM_CONF.format(
                 computes=",".join(node.name for node in computes),
                 addresses=",".join(node.address for node in computes),
                 proctrack="proctrack/cgroup" if freezer else "proctrack/linuxproc",
+                task="task/cgroup,task/affinity" if limits else "task/affinity",
                 hooks=self.hooks,
                 debug=self.debug,
             )
         )
         (slurm / "cgroup.conf").write_text(
-            "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\n"
+            "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nConstrainRAMSpace=yes\n"
+            "ConstrainDevices=yes\n"
         )
+        (slurm / "gres.conf").write_text(f"Name=gpu File={DEVICE}\n")
         (slurm / "plugstack.conf").write_text(self.plugstack)
         munge = lab / "etc-munge"
         munge.mkdir()
@@ -276,7 +296,9 @@ class Cluster:
         end = f"v-{name}"
         with contextlib.suppress(subprocess.CalledProcessError):  # a dead namespace frees it late
             self._in_switch("ip", "link", "del", end)
-        self._in_switch("ip", "link", "add", end, "type", "veth", "peer", "name", "eth0", "netns", str(node.init))  # fmt: skip
+        # One address for life: the others remember it when the node comes back.
+        hardware = "02:00:" + ":".join(f"{int(part):02x}" for part in node.address.split("."))
+        self._in_switch("ip", "link", "add", end, "type", "veth", "peer", "name", "eth0", "address", hardware, "netns", str(node.init))  # fmt: skip
         self._in_switch("ip", "link", "set", end, "master", "bridge", "up")
 
     def wait_node(self, name: str) -> None:

@@ -151,6 +151,17 @@ class SdeeCluster(Cluster):
             "servers": [x for x in self.processes(node) if "sdeefs" in x],
         }
 
+    def used_by(self, node: str) -> list[str]:
+        """Jobs that a node's cache says are using generations of it."""
+        marks = self.run(node, "ls -d /var/lib/sdee/cache/*/*/*/users/* 2>/dev/null").out.split()
+        return sorted(mark.rpartition("/")[2] for mark in marks)
+
+    def job_state(self, job: str) -> str:
+        """As the controller has it; COMPLETING is none of a job's end."""
+        shown = self.run("login1", ["scontrol", "show", "job", "-o", job]).out
+        found = [word[9:] for word in shown.split() if word.startswith("JobState=")]
+        return found[0] if found else ""
+
     def wait_clean(self, patience: float = PATIENCE) -> None:
         """Until no compute node has anything left of any job."""
         last: dict[str, object] = {}

@@ -184,7 +184,7 @@ job=$(/usr/bin/sbatch --parsable -o /dev/null --wrap 'sleep 300')
 def test_arrays_and_dependencies(cluster: SdeeCluster, alice: User) -> None:
     script = """
 rm -f part-*.out after.out
-job=$(sbatch --parsable --array=1-3 -o part-%a.out --wrap 'echo $SLURM_ARRAY_TASK_ID $(cat /etc/whose)')
+job=$(sbatch --parsable --array=1-3%2 -o part-%a.out --wrap 'echo $SLURM_ARRAY_TASK_ID $(cat /etc/whose)')
 sbatch -W -d afterok:$job -o after.out --wrap 'echo after $(cat /etc/whose)' >/dev/null
 cat part-1.out part-2.out part-3.out after.out
 """

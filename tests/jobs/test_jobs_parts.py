@@ -247,6 +247,8 @@ def test_a_job_s_wish_is_read_from_scontrol() -> None:
     assert broadcast.note(wish.identity, 7) in text
     everything = text.replace("sdee-wants:", "sdee-wants-all:")
     assert broadcast.parse_job(everything) == dataclasses.replace(wish, everything=True)
+    again = text.replace("JobState", "Requeue=1 Restarts=2 JobState")
+    assert broadcast.parse_job(again) == dataclasses.replace(wish, restarts=2), "another wish"
     assert broadcast.parse_job(text.replace("RUNNING", "COMPLETED")) is None
     assert broadcast.parse_job(text.replace("sdee-wants", "sdee")) is None
 
@@ -279,6 +281,24 @@ def test_where_the_command_begins(line: str, options: int) -> None:
     ours, command = words.split(given, words.parse_help(HELP))
     assert ours == given[:options]
     assert command == [x for x in given[options:] if x != "--"]
+
+
+@pytest.mark.parametrize(
+    ("line", "joins"),
+    [
+        ("srun --jobid=7 hostname", True),
+        ("srun -n 2 --jobid 7 hostname", True),
+        ("srun --jobi 7 --overlap hostname", True),
+        ("srun hostname --jobid=7", False),
+        ("srun -N 2 -- hostname --jobid=7", False),
+        ("srun --job-name=7 hostname", False),
+    ],
+)
+def test_an_srun_that_names_a_job_submits_none(tmp_path: Path, line: str, joins: bool) -> None:
+    program = tmp_path / "srun"
+    program.write_text(f"#!/bin/sh\ncat <<'E'\n{HELP}      --jobid=id  run under a job\nE\n")
+    program.chmod(0o755)
+    assert submit.joins_a_job(line.split(), str(program)) == joins
 
 
 def test_a_rootless_batch_script_keeps_its_options() -> None:
