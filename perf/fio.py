@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -36,6 +37,14 @@ def _operations(target: Path, mode: str, size: int, milliseconds: int | None) ->
     return float(job["read"]["iops"] + job["write"]["iops"])
 
 
+def _written(path: Path, size: int) -> None:
+    """A file of `size` bytes, in the page cache: fio's own laying out would leave it cold for some."""
+    block = os.urandom(1 << 20)
+    with path.open("wb") as file:
+        for _ in range(size >> 20):
+            file.write(block)
+
+
 def _fio(
     contender: Contender, lower: Path, scratch: Path, kind: str, size: int, milliseconds: int
 ) -> dict[str, float]:
@@ -49,7 +58,9 @@ def _fio(
             line = f"{mode}, {kind}"
             if kind == "new file":
                 target = layers.merged / mode
-                # One pass: in the second it wouldn't be new. What is read is laid out before.
+                if mode not in ("write", "randwrite"):  # what is read was written just before
+                    _written(target, 4 * size)
+                # One pass: in the second it wouldn't be new.
                 figures[line] = _operations(target, mode, 4 * size, None)
                 target.unlink()
             else:

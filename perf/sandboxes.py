@@ -92,8 +92,8 @@ def _podman(who: Sequence[str], place: Place) -> tuple[str, ...]:
     """
     kept = place.podman
     podman = (
-        *who, "podman", f"--root={kept / 'storage'}", f"--runroot={kept / 'run'}",
-        f"--tmpdir={kept / 'tmp'}", "--cgroup-manager=cgroupfs", "--log-level=fatal",
+        *who, "podman", f"--root={kept / 's'}", f"--runroot={kept / 'r'}",
+        f"--tmpdir={kept / 't'}", "--cgroup-manager=cgroupfs", "--log-level=fatal",
         "run", "--rm", "--interactive", "--network=host", "--cgroups=disabled",
         "--ulimit=nofile=1024:1024", "--ulimit=nproc=1000:1000", "--volume=/usr:/usr:ro",
         f"--volume={place.programs}:{place.programs}:ro", "--rootfs", f"{place.image}:O",
