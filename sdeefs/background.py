@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import signal
 import sys
 import traceback
 
-from sdeefs import log
-from sdeefs.options import Options, UsageError
-from sdeefs.refusals import Refused
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from sdeefs.options import Options
 
 OK, FAILURE, USAGE = 0, 1, 2
 
 
 def complaint(error: BaseException) -> tuple[int, str]:
     """The exit status and the one line of an error before the mount was usable."""
+    from sdeefs.options import UsageError
+    from sdeefs.refusals import Refused
+
     if isinstance(error, UsageError):
         return USAGE, str(error)
     if isinstance(error, Refused):
@@ -36,6 +40,7 @@ def complaint(error: BaseException) -> tuple[int, str]:
 
 def foreground(options: Options, merged: bytes, level: str, log_file: str | None) -> int:
     """Serve in this process until the mount is gone."""
+    from sdeefs import log
     from sdeefs.session import Session
 
     log.start(level, log_file)
@@ -48,51 +53,101 @@ def foreground(options: Options, merged: bytes, level: str, log_file: str | None
         session.close()
 
 
-def background(options: Options, merged: bytes, level: str, log_file: str | None) -> int:
-    """Serve in a child that lives on; returns its pid once the mount is usable.
+class Background:
+    """A server to be, forked early: it imports what it needs while its maker still checks.
 
-    Raises Refused (or UsageError) with the child's complaint.
+    Use `serve` once, or `discard`, which does nothing after that.
     """
-    ours, theirs = os.pipe2(os.O_CLOEXEC)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid == 0:
-        status = FAILURE
-        try:
-            os.close(ours)
-            status = _child(options, merged, level, log_file, theirs)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(status)
-    os.close(theirs)
-    try:
+
+    def __init__(self) -> None:
+        asked, self._ask = os.pipe2(os.O_CLOEXEC)
+        self._told, told = os.pipe2(os.O_CLOEXEC)
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:  # None: it was closed
+                stream.flush()
+        self._pid = os.fork()
+        if self._pid == 0:
+            status = FAILURE
+            try:
+                os.close(self._ask)
+                os.close(self._told)
+                status = _child(asked, told)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                os._exit(status)
+        self._waits = True
+        os.close(asked)
+        os.close(told)
+
+    def serve(self, options: Options, merged: bytes, level: str, log_file: str | None) -> int:
+        """Let it serve; its pid once the mount is usable.
+
+        Raises Refused (or UsageError) with its complaint.
+        """
+        from sdeefs.options import UsageError
+        from sdeefs.refusals import Refused
+
+        self._waits = False
         answer = b""
-        while part := os.read(ours, 1 << 16):
-            answer += part
-            if answer.endswith(b"\n"):
-                break
-    except BaseException:
-        os.kill(pid, signal.SIGTERM)
-        raise
-    finally:
-        os.close(ours)
-    if answer == b"live\n":
-        return pid
-    _, status = os.waitpid(pid, 0)
-    try:
-        kind, message = json.loads(answer)
-    except ValueError:
-        how = f"by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "without a word"
-        raise Refused(f"the server ended {how} before the mount was usable") from None
-    raise UsageError(message) if kind == USAGE else Refused(message)
+        try:
+            with open(self._ask, "wb") as pipe:
+                pipe.write(pickle.dumps((options, merged, level, log_file)))
+            while part := os.read(self._told, 1 << 16):
+                answer += part
+                if answer.endswith(b"\n"):
+                    break
+        except BrokenPipeError:
+            pass  # it has ended
+        except BaseException:
+            os.kill(self._pid, signal.SIGTERM)
+            raise
+        finally:
+            os.close(self._told)
+        if answer == b"live\n":
+            return self._pid
+        _, status = os.waitpid(self._pid, 0)
+        try:
+            kind, message = json.loads(answer)
+        except ValueError:
+            how = f"by signal {os.WTERMSIG(status)}" if os.WIFSIGNALED(status) else "without a word"
+            raise Refused(f"the server ended {how} before the mount was usable") from None
+        raise UsageError(message) if kind == USAGE else Refused(message)
+
+    def discard(self) -> None:
+        """It isn't needed."""
+        if not self._waits:
+            return
+        self._waits = False
+        os.close(self._ask)
+        os.close(self._told)
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
 
 
-def _child(options: Options, merged: bytes, level: str, log_file: str | None, tell: int) -> int:
+def _import_all() -> None:
+    """What a server needs from here on but trio, which waits until requests are served."""
+    import sdeefs.core.filesystem
+    import sdeefs.session
+    import sdeefs.transports.choose
+    import sdeefs.transports.mount_device
+    import sdeefs.transports.ring_transport
+    import sdeefs.watch  # noqa: F401
+
+
+def _child(asked: int, tell: int) -> int:
+    os.setsid()
+    _import_all()
+    from sdeefs import log
+    from sdeefs.options import UsageError
+    from sdeefs.refusals import Refused
     from sdeefs.session import Session
 
-    os.setsid()
+    with open(asked, "rb") as pipe:
+        words = pipe.read()
+    if not words:
+        return OK  # there was something to complain of
+    options, merged, level, log_file = pickle.loads(words)
     log.start(level, log_file)
     session = Session(options, merged)
     try:
@@ -119,6 +174,8 @@ def _child(options: Options, merged: bytes, level: str, log_file: str | None, te
 
 def detach(log_file: str | None, level: str) -> None:
     """Leave the caller's directory and terminal."""
+    from sdeefs import log
+
     os.chdir("/")
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
     for fd in (0, 1, 2):

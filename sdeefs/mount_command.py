@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
-from dataclasses import replace
 
-from sdeefs.options import Options, UsageError, parse, split_lowers
-from sdeefs.refusals import Refused, check_layers, check_merged, with_work
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    import argparse
+
+    from sdeefs.background import Background
+    from sdeefs.options import Options
 
 OK, FAILURE, USAGE = 0, 1, 2
 
 
 def options_of(arguments: argparse.Namespace) -> tuple[Options, bytes]:
     """What the command line asks for: options, and the mount point as it was written."""
+    from dataclasses import replace
+
+    from sdeefs.options import UsageError, parse, split_lowers
+
     options = parse(arguments.options, sloppy=arguments.sloppy)
     places = [os.fsencode(p) for p in arguments.places]
     if len(places) == 3:
@@ -41,12 +47,30 @@ def options_of(arguments: argparse.Namespace) -> tuple[Options, bytes]:
 
 def run(arguments: argparse.Namespace) -> int:
     """The command. Raises UsageError, Refused or OSError for the one line that main() prints."""
+    server = None
+    if arguments.engine == "fuse" and not arguments.foreground:
+        from sdeefs.background import Background
+
+        server = Background()
+    try:
+        return _mount(arguments, server)
+    except BaseException:
+        if server is not None:
+            server.discard()
+        raise
+
+
+def _mount(arguments: argparse.Namespace, server: Background | None) -> int:
+    from sdeefs.refusals import Refused, check_layers, check_merged, with_work
+
     options, merged = options_of(arguments)
     say = _say if arguments.verbose else _silent
     if options.remount:
         from sdeefs.kernel_engine import remount
 
         remount(options, merged)
+        if server is not None:
+            server.discard()
         return OK
     merged = check_merged(merged)
     options = with_work(options)
@@ -67,14 +91,14 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.engine == "kernel":
             raise Refused(f"kernel overlayfs can't serve this: {reason}")
         say(f"engine fuse: kernel overlayfs can't serve this: {reason}")
-    from sdeefs.background import background, foreground
+    from sdeefs.background import Background, foreground
 
     level = arguments.log_level or "warning"
     log_file = None if arguments.log_file is None else os.path.abspath(arguments.log_file)
     if arguments.foreground:
         say(f"engine fuse: serving {_text(merged)} in the foreground")
         return foreground(options, merged, level, log_file)
-    pid = background(options, merged, level, log_file)
+    pid = (server or Background()).serve(options, merged, level, log_file)
     say(f"engine fuse: process {pid} serves {_text(merged)}")
     return OK
 

@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # podman reads the first line's second half as fuse-overlayfs's version.
         print(f"fuse-overlayfs: version 1.14 (sdeefs {sdeefs.__version__})")
         return OK
-    from sdeefs.background import background, complaint, foreground
+    from sdeefs.background import Background, complaint, foreground
     from sdeefs.options import UsageError, parse
     from sdeefs.refusals import Refused, check_layers, check_merged, with_work
 
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return foreground(asked, merged, "debug", None)
         if "f" in flags:
             return foreground(asked, merged, "warning", None)
-        background(asked, merged, "warning", None)
+        Background().serve(asked, merged, "warning", None)
     except (UsageError, Refused, OSError, KeyboardInterrupt) as error:
         status, line = complaint(error)
         print(f"sdeefs-overlayfs: {line}", file=sys.stderr)
