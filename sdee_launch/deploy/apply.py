@@ -237,8 +237,6 @@ class Apply:
 
     def _there(self, dirfd: int, name: bytes, entry: Entry) -> bool:
         """Whether an earlier run, or base, has this file: the time is the last thing that is set."""
-        if self._fresh and self._sources is None:
-            return False
         try:
             status = os.stat(name, dir_fd=dirfd, follow_symlinks=False)
         except FileNotFoundError:
@@ -281,6 +279,7 @@ class Apply:
     def _missing(self, number: int) -> Iterator[Entry]:
         """Files whose content is in package `number` and not in the tree yet, in order."""
         seen: set[int] = set()
+        alone = self._fresh and self._sources is None  # nobody else can have brought one
         for line in self._again():
             if line.kind != b"f":
                 continue
@@ -290,8 +289,7 @@ class Apply:
             if group:
                 seen.add(group)
             new = line.entry()
-            dirfd, name = self._places.parent(new.path)
-            if not self._there(dirfd, name, new):
+            if alone or not self._there(*self._places.parent(new.path), new):
                 yield new
 
     def _extract(self, number: int, file: BinaryIO) -> None:
