@@ -20,6 +20,11 @@ _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c
 _KEPT = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
 
 
+def _is_privileged(mode: int) -> bool:
+    """Whether a write takes setuid or setgid away."""
+    return bool(mode & stat.S_ISUID) or mode & 0o2010 == 0o2010
+
+
 def bad_handle() -> OSError:
     """EBADF."""
     return OSError(errno.EBADF, os.strerror(errno.EBADF))
@@ -151,6 +156,14 @@ class Handles(Renames):
         handles = extra.handles
         if handles:
             io = handles[0].io
+            if io is Io.PASSTHROUGH and writable and extra.privileged is None:
+                st = os.fstat(fd)
+                if _is_privileged(st.st_mode):
+                    extra.privileged = st.st_mtime_ns
+        elif writable and _is_privileged(os.fstat(fd).st_mode):
+            # Linux <= 6.18 with KILLPRIV_V2 leaves setuid and setgid when it writes through: such a
+            # file is written by requests, which say when the bits are to go.
+            io = Io.CACHED
         elif extra.work_name is not None:
             io = Io.CACHED  # the kernel would open the backing file with O_TMPFILE once more
         elif self.passthrough and (node.layer == UPPER or not self.writable):
@@ -232,7 +245,7 @@ class Handles(Renames):
         mode = change.mode
         if mode is not None:
             extra.privileged = None
-            if mode & stat.S_ISUID or mode & 0o2010 == 0o2010:
+            if _is_privileged(mode):
                 for file in extra.handles:
                     if file.writable and file.io is Io.PASSTHROUGH:
                         extra.privileged = 0

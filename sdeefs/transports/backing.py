@@ -53,11 +53,6 @@ class BackingIds:
             self._node_of[handle] = node
             return use.backing_id
 
-    def passes_through(self, node: int) -> bool:
-        """Whether handles of this node are open that the kernel serves by itself."""
-        use = self._uses.get(node)
-        return use is not None and use.backing_id != CACHED
-
     def release(self, handle: int) -> None:
         """A handle is closed."""
         if handle not in self._node_of:

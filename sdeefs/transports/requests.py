@@ -261,28 +261,19 @@ def _files(operations: Operations, features: Features, backing_ids: BackingIds |
     passthrough, direct = Io.PASSTHROUGH, Io.DIRECT
     base = features.open_base
 
-    def encode_open(node: int, opened: Opened, flags: int) -> bytes:
+    def encode_open(node: int, opened: Opened) -> bytes:
         handle, io, backing, keep_cache = opened
         if io is direct:
             return open_out(handle, base | wire.FOPEN_DIRECT_IO, 0)
         if backing_ids is not None:
-            if io is not passthrough or (
-                flags & os.O_ACCMODE
-                and os.fstat(backing).st_mode & 0o6000
-                and not backing_ids.passes_through(node)
-            ):
-                # Linux <= 6.18 with KILLPRIV_V2 leaves setuid and setgid when it writes through:
-                # such a file is written by requests, which say when the bits are to go.
-                backing_id = backing_ids.acquire(node, handle, None)
-            else:
-                backing_id = backing_ids.acquire(node, handle, backing)
+            backing_id = backing_ids.acquire(node, handle, backing if io is passthrough else None)
             if backing_id:
                 return open_out(handle, base | wire.FOPEN_PASSTHROUGH, backing_id)
         return open_out(handle, base | wire.FOPEN_KEEP_CACHE if keep_cache else base, 0)
 
     def encode_create(answer: tuple[Entry, Opened]) -> bytes:
         entry, opened = answer
-        return pack_entry(entry) + encode_open(entry.node, opened, os.O_RDWR)
+        return pack_entry(entry) + encode_open(entry.node, opened)
 
     def open_(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
         flags, open_flags = wire.OPEN_IN.unpack_from(body)
@@ -290,8 +281,8 @@ def _files(operations: Operations, features: Features, backing_ids: BackingIds |
             node, flags, _caller((uid, gid, pid)), bool(open_flags & wire.OPEN_KILL_SUIDGID)
         )
         if isinstance(answer, Later):
-            return Deferred(answer, lambda opened: encode_open(node, opened, flags))
-        return encode_open(node, answer, flags)
+            return Deferred(answer, lambda opened: encode_open(node, opened))
+        return encode_open(node, answer)
 
     def create(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
         flags, mode, umask, _ = wire.CREATE_IN.unpack_from(body)
