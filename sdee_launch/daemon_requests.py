@@ -6,6 +6,7 @@ name another user (`uid`).
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -14,7 +15,7 @@ from dataclasses import asdict
 import trio
 
 import sdeefs
-from sdee_launch import instances, masks, membership
+from sdee_launch import instances, mask_live, masks, membership
 from sdee_launch.accounts import Account, account_of
 from sdee_launch.daemon import Daemon
 from sdee_launch.daemon_ops import Reply, Request, operation
@@ -193,6 +194,10 @@ async def _make_with(
         extra=extra if isinstance(extra, dict) else {},
     )
     await daemon.keep(record)
+    if not daemon.masks.in_force(record.mask):  # another scan, while it was being made
+        gids = (owner.gid, *owner.groups)
+        with contextlib.suppress(OSError):  # hidden it is, but for names in the cache
+            await trio.to_thread.run_sync(mask_live.hide, daemon.masks, record, gids)
     return record
 
 

@@ -337,6 +337,11 @@ class Masks:
             self._pins[path] += 1
             return path
 
+    def in_force(self, path: str) -> bool:
+        """Whether a tree is of the last scan."""
+        with self._lock:
+            return any(p == path and scan is self._scan for scan, p in self._trees.values())
+
     def extend(self, path: str, uid: int, gids: Iterable[int]) -> bool:
         """Put into a tree in use what the scan in force hides from a user; whether anything was new.
 

@@ -250,6 +250,7 @@ def test_a_tree_in_use_only_grows(tmp_path: Path) -> None:
         key = Hidden(b"etc/none-such", 0o100600, 0, 0, 1, False)
         accept(key)
         tree = store.tree(1000, [1000], masks.KERNEL)
+        assert store.in_force(tree)
         assert not store.extend(tree, 1000, [1000])  # it is as the scan has it
         more = (
             Hidden(b"etc/other", 0o100600, 0, 0, 1, False),
@@ -257,6 +258,7 @@ def test_a_tree_in_use_only_grows(tmp_path: Path) -> None:
             Hidden(b"etc/none-such/below", 0o100600, 0, 0, 1, False),  # a directory by now
         )
         accept(*more)
+        assert not store.in_force(tree)
         assert store.extend(tree, 1000, [1000])
         assert not store.extend(tree, 1000, [1000])
         assert os.stat(f"{tree}/etc/other").st_uid == masks.SECRET_ID
