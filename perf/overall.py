@@ -37,7 +37,8 @@ def _slice(
     program = compiled("unixlike", place.programs)
     # One for each: sdeefs watches the directories of lower that it has looked into.
     directory = str(place.work / re.sub(r"\W+", "-", sandbox.name))
-    sessions.ask(sandbox, "mkdir", "-p", directory)
+    if LINES[line].startswith("copy"):
+        sessions.ask(sandbox, "mkdir", "-p", directory)
     words = (str(program), LINES[line], str(seconds), str(copies), directory)
     return {named(line, copies): float(sessions.ask(sandbox, *words))}
 
