@@ -24,6 +24,8 @@ log = logging.getLogger("sdeed")
 
 #: Seconds in which a generation must reach a node and be unpacked there.
 PREPARE_SECONDS = 1800.0
+#: Seconds between looks whether jobs that a crash interrupted are over.
+LOOK_AGAIN = 20.0
 #: The last reasons why jobs could not start here, newest last; for `sdee node`.
 ERRORS: list[dict[str, object]] = []
 
@@ -261,10 +263,12 @@ async def _end_jobs_without_epilog(daemon: Daemon) -> None:
                 await _end(daemon, record)
             except (Refused, OSError) as error:
                 log.error("job %d: %s", record.job, error)
-    # A place without a record may be that of a job whose Prolog still waits.
-    for job in broadcast.waiting():
-        if records.read(job) is None and await trio.to_thread.run_sync(over, job):
-            await trio.to_thread.run_sync(broadcast.clear, job)
+    # A place without a record may be that of a job whose Prolog still waits, or that runs elsewhere.
+    while left := [job for job in broadcast.waiting() if records.read(job) is None]:
+        for job in left:
+            if await trio.to_thread.run_sync(over, job):
+                await trio.to_thread.run_sync(broadcast.clear, job)
+        await trio.sleep(LOOK_AGAIN)
 
 
 def over(job: int) -> bool:

@@ -89,6 +89,7 @@ def test_node_that_crashed_and_came_back(cluster: SdeeCluster, alice: User, tran
         first, second = runs(alice, name)
         number = first[0].split()[1]
         assert first == second == [f"run {number} old none", "old own"]
+        wait_for(lambda: cluster.job_state(job) == "COMPLETED", "the job's end")
         disk = cluster.directory / "nodes" / node / "var/lib-sdee"
         assert (disk / "jobs" / job / "upper/etc/own").exists(), "the crash left something"
         assert list(disk.glob(f"cache/*/*/*/users/job-{job}"))
