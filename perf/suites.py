@@ -32,7 +32,7 @@ _ALL = (
         "overall",
         "Overall (Tables 1 and 2)",
         "bare metal",
-        8,
+        6,
         60,
         f"{_SLICES} `perf/unixlike.c` measures what UnixBench's lines measure; each copy is pinned"
         " to a CPU, file copies go to the filesystem of the environment. podman runs rootless, over"
@@ -74,7 +74,7 @@ _ALL = (
         "deploy",
         "Deployment (Fig. 11)",
         "cp -a",
-        3,
+        2,
         5,
         "An upper packed and a node's cache brought up to it, beside copies of the whole tree.",
     ),
