@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 import time
 from collections import deque
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from sdeefs.core.api import Kernel
 
 if TYPE_CHECKING:
     from sdeefs.core.filesystem import Filesystem
-    from sdeefs.core.nodes import Directory
+    from sdeefs.core.nodes import Directory, Node
 
 logger = logging.getLogger("sdeefs.watch")
 
@@ -175,6 +176,7 @@ class Watch:
             return
         if event.name in (b"", b"."):
             words[(number, None, True)] = None
+            self._look_up_again(self._node(number), words)
             return
         if event.mask & fanotify.NAMES:
             words[(number, event.name, False)] = None
@@ -182,17 +184,32 @@ class Watch:
         child = self._child(number, event.name)
         if child is not None:
             only = not event.mask & syscalls.FAN_MODIFY
-            words[(child, None, only)] = None
+            words[(child.number, None, only)] = None
             if not only and self._filesystem.writeback:
                 words[(number, event.name, False)] = None  # the kernel has to look it up again
+            self._look_up_again(child, words)
 
-    def _child(self, number: int, name: bytes) -> int | None:
+    def _look_up_again(self, node: Node | None, words: dict[_Word, None]) -> None:
+        """Under the secrets rule a change of its mode may hide a directory, or show it: the kernel
+        drops the name with all that it knows below, and asks."""
+        if self._filesystem.secrets is None or node is None or node.kind != stat.S_IFDIR:
+            return
+        parent = node.parent
+        if parent is not None:
+            words[(node.number, None, False)] = None  # its entries are cached, too
+            words[(parent.number, node.name, False)] = None
+
+    def _node(self, number: int) -> Node | None:
+        with self._filesystem.lock:
+            return self._filesystem.table.nodes.get(number)
+
+    def _child(self, number: int, name: bytes) -> Node | None:
         with self._filesystem.lock:
             directory = self._filesystem.table.nodes.get(number)
             children = getattr(directory, "children", None)
-            child = None if children is None else children.get(name)
+            child: Node | None = None if children is None else children.get(name)
             # What upper has isn't changed by lower.
-            return None if child is None or child.layer == 0 else child.number
+            return None if child is None or child.layer == 0 else child
 
     def _all_changed(self, words: dict[_Word, None]) -> None:
         logger.warning("events of lower were lost: everything from it is looked up anew")

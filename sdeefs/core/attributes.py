@@ -12,7 +12,7 @@ from sdeefs.core.formats import fd_path, get_xattr, parse_nlink
 from sdeefs.core.ids import OVERRIDE_STAT, format_override, parse_override
 from sdeefs.core.layers import INDEX_NLINK
 from sdeefs.core.lookup import Found, Lookup
-from sdeefs.core.nodes import DEAD, HIDDEN, UPPER, Directory, Node
+from sdeefs.core.nodes import DEAD, UPPER, Directory, Node
 
 _new = tuple.__new__
 _libc = ctypes.PyDLL(None, use_errno=True)
@@ -126,7 +126,7 @@ class AttributesRoom(Lookup):
     def _negative(self, parent: Directory, whiteout: bool) -> Entry:
         """A cacheable "no such name"."""
         timeout = self.upper_timeout
-        if not whiteout and parent.lowers and not parent.flags & HIDDEN:
+        if not whiteout and parent.lowers:
             timeout = self.lower_timeout
         return _new(Entry, (NEGATIVE_NODE, None, timeout, 0.0))
 

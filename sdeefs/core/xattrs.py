@@ -9,7 +9,7 @@ import stat
 from sdeefs.core import credentials
 from sdeefs.core.api import Caller
 from sdeefs.core.handles import Handles
-from sdeefs.core.ids import ACL_DEFAULT, ACL_NAMES, OVERRIDE_STAT, Owners
+from sdeefs.core.ids import ACL_ACCESS, ACL_DEFAULT, ACL_NAMES, OVERRIDE_STAT, Owners
 from sdeefs.core.nodes import ACL_DEFAULT as HAS_DEFAULT_ACL
 from sdeefs.core.nodes import ACL_KNOWN, UPPER, Directory, Node
 
@@ -69,7 +69,7 @@ class Xattrs(Handles):
             value = self.upper_owners.acl_stored(value)
         path, follow = self._xattr_place(node)
         os.setxattr(path, stored, value, flags, follow_symlinks=follow)
-        if kill_sgid:
+        if kill_sgid and name == ACL_ACCESS:  # the kernel says it of default ACLs, too
             st = self._stat(node)
             if st.st_mode & stat.S_ISGID:
                 self._chmod(node, st.st_mode & ~stat.S_ISGID, -1)

@@ -300,8 +300,7 @@ def test_what_becomes_secret_is_hidden_from_who_has_seen_it(node: Node, alice: U
             node.daemon.request("node", rescan=True)
             said = node.sshd.run(alice, f"cat {names}")
             assert "of today" not in said.stdout and said.stderr.count("denied") >= 3, said
-            if node.engine == "kernel":
-                assert node.say(alice, f"ls {closed}") == ""
+            assert node.say(alice, f"ls {closed}") == ""
             mine = node.say(alice, f"rm {missing}; echo mine > {missing}; cat {missing}")
             assert mine == "mine" and missing.read_text() == "of today\n"
             node.say(alice, f"rm {missing}")

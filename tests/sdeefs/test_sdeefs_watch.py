@@ -123,3 +123,23 @@ def test_forgotten_directories_are_not_watched(lab: Lab) -> None:
     shutil.rmtree(lab.merged / "dir")
     wait_until(lambda: int(str(lab.status()["watched"])) < held - 45, "fewer marks")
     lab.umount()
+
+
+@pytest.mark.parametrize("watch", ["on", "off"])
+def test_a_directory_that_becomes_a_secret(lab: Lab, watch: str) -> None:
+    """Also what was looked up in it before is gone, and comes back when it is readable again."""
+    lower, merged = lab.lower, lab.merged
+    (lower / "dir" / "deep").mkdir()
+    (lower / "dir" / "deep" / "file").write_text("deep")
+    lab.mount("-o", f"watch={watch},secrets=2101:2101")
+    assert text(merged / "dir" / "inner") is not None
+    assert text(merged / "dir" / "deep" / "file") == "deep"
+    assert "inner" in os.listdir(merged / "dir")
+    (lower / "dir").chmod(0o700)
+    seen(lambda: os.listdir(merged / "dir") == [], "an empty directory")
+    seen(lambda: text(merged / "dir" / "inner") is None, "that a known file is gone")
+    seen(lambda: text(merged / "dir" / "deep" / "file") is None, "that one below it is gone")
+    (lower / "dir" / "new").write_text("new")
+    assert text(merged / "dir" / "new") is None
+    (lower / "dir").chmod(0o755)
+    seen(lambda: text(merged / "dir" / "new") == "new", "it again")

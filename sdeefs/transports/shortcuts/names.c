@@ -121,7 +121,7 @@ int find_name(Shortcuts *self, PyObject *parent, PyObject *name, struct found *f
 	child = PyDict_GetItemWithError(SLOT(parent, shape.children), name);
 	if (child || PyErr_Occurred())
 		return child ? LEAVE : FAILED; /* it was there before */
-	if (PyTuple_GET_SIZE(lowers) && !(flags & FLAG_HIDDEN))
+	if (PyTuple_GET_SIZE(lowers))
 		found->layer = UPPER + 1; /* lower may get one */
 	return ANSWERED;
 }
