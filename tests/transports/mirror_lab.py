@@ -82,7 +82,9 @@ class Mirror:
         with self.lock:
             handle, self.next_handle = self.next_handle, self.next_handle + 1
             self.handles[handle] = fd
-        io = self.io or (Io.PASSTHROUGH if self.passthrough else Io.CACHED)
+        # Of a setuid file the kernel must ask at each write, as the real core has it.
+        passes = self.passthrough and not os.fstat(fd).st_mode & 0o6000
+        io = self.io or (Io.PASSTHROUGH if passes else Io.CACHED)
         return Opened(handle, io, fd, False)
 
     def _own(self, fd: int, caller: Caller) -> None:
