@@ -1,7 +1,7 @@
 """The device transport: threads that read requests from /dev/fuse and write the answers.
 
-Their loop is in C where that is built (`_device`, which says how). In Python each thread has a
-descriptor of its own (FUSE_DEV_IOC_CLONE), so that they don't meet on one queue of answers. They
+Each thread has a descriptor of its own (FUSE_DEV_IOC_CLONE), so that they don't meet on one queue
+of answers. Their loop is in C where that is built, else here. They
 block in read(2), where the kernel wakes exactly one for each request, and nothing but the end of the
 connection wakes them otherwise: `stop()` aborts it.
 """
@@ -35,16 +35,6 @@ except ImportError:
     Device = None
 
 _WRITE = int(wire.Opcode.WRITE)
-#: Nanoseconds that the loop in C looks for the next request before it sleeps, where that pays.
-_MOMENT = 50_000
-#: Requests that may wait for a disk without the core's lock: others are read meanwhile.
-_SLOW = (
-    wire.Opcode.READ,
-    wire.Opcode.WRITE,
-    wire.Opcode.COPY_FILE_RANGE,
-    wire.Opcode.COPY_FILE_RANGE_64,
-    wire.Opcode.LSEEK,
-)
 #: Answers longer than this are written from two buffers, not copied into one.
 _JOIN = 4096
 
@@ -74,21 +64,17 @@ class DeviceTransport(Connection):
         super().__init__(operations, fuse_fd, options)
         self._finished = threading.Event()
         self._serving = 0
-        self._loop: Device | None = None
+        self._loops: list[Device] = []
 
     def run(self) -> None:
         """Serve until the mount is gone or `stop()`."""
         try:
             if self._agreement is None:
                 self.negotiate()
-            threads = max(1, self._options.threads)
-            self._serving = threads
-            if Device is not None and self._options.shortcuts:
-                self._loop = self._make_loop()
-            else:
-                self._descriptors += [clone_device(self._fd) for _ in range(1, threads)]
-            for i in range(threads):
-                fd = self._fd if self._loop is not None else self._descriptors[i]
+            for _ in range(1, max(1, self._options.threads)):
+                self._descriptors.append(clone_device(self._fd))
+            self._serving = len(self._descriptors)
+            for i, fd in enumerate(self._descriptors):
                 threading.Thread(
                     target=self._serve_one, args=(fd,), name=f"device-{i}", daemon=True
                 ).start()
@@ -106,38 +92,31 @@ class DeviceTransport(Connection):
             if not abort_connection(self._fd):
                 self._finished.set()
 
-    def _make_loop(self) -> Device:
-        os.set_blocking(self._fd, False)
-
-        def later(unique: int, pid: int, deferred: Deferred) -> None:
-            self._later(self._fd, unique, pid, deferred)
-
-        return Device(
-            fd=self._fd,
-            size=max(wire.MIN_READ_BUFFER, self._max_write + 4096),
-            moment=_MOMENT if len(os.sched_getaffinity(0)) > 1 else 0,
-            slow=sum(1 << opcode for opcode in _SLOW),
-            handlers=self._handlers,
-            later=later,
-            fault=_log_fault,
-        )
-
     def counters(self) -> dict[str, int]:
-        return self._sum([*self._counts, *([self._loop.counts()] if self._loop else [])])
+        return self._sum([*self._counts, *[loop.counts() for loop in self._loops]])
 
     def _serve_one(self, fd: int) -> None:
         try:
-            if self._loop is None:
+            if Device is not None and self._options.shortcuts:
+                self._serve_in_c(fd)
+            else:
                 self._serve(fd)
-                return
-            number = self._loop.run()
-            if number not in GONE:
-                log.error("reading requests: %s", os.strerror(number))
         finally:
             with self._ending:
                 self._serving -= 1
                 if self._serving == 0:
                     self._finished.set()
+
+    def _serve_in_c(self, fd: int) -> None:
+        def later(unique: int, pid: int, deferred: Deferred) -> None:
+            self._later(fd, unique, pid, deferred)
+
+        size = max(wire.MIN_READ_BUFFER, self._max_write + 4096)
+        loop = Device(fd, size, self._handlers, later, _log_fault)
+        self._loops.append(loop)
+        number = loop.run()
+        if number not in GONE:
+            log.error("reading requests: %s", os.strerror(number))
 
     def _drop(self, unique: int) -> None:
         for fd in self._descriptors:
