@@ -200,7 +200,12 @@ class Upper:
                 errno.EXDEV, "the work directory must be on upper's file system", os.fsdecode(path)
             )
         self.work = self._subdirectory(b"work")
-        empty_directory(self.work)
+        try:
+            empty_directory(self.work)
+        except PermissionError:  # kernel overlayfs's, mounted by another user: nobody may read it
+            os.close(self.work)
+            os.rmdir(b"work", dir_fd=self.work_root)
+            self.work = self._subdirectory(b"work")
         self._probe(settings)
         if settings.index:
             self._open_index()

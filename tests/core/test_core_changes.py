@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import subprocess
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -304,3 +305,23 @@ def test_data_requests(disk: Core) -> None:
     fails(errno.EBADF, fs.write, reader.handle, 0, b"", False)
     finish(fs.fsyncdir(fs.opendir(1, ROOT), False))
     finish(fs.syncfs())
+
+
+def test_a_work_directory_that_root_left(disk: Core) -> None:
+    """Kernel overlayfs mounted by root leaves work/work with mode 0, which its user can't read."""
+    (disk.work / "work").mkdir(mode=0)
+    for path in (disk.upper, disk.work):
+        os.chown(path, USER.uid, USER.gid)
+    pid = os.fork()
+    if not pid:
+        try:
+            os.setgroups([])
+            os.setresgid(USER.gid, USER.gid, USER.gid)
+            os.setresuid(USER.uid, USER.uid, USER.uid)
+            disk.open(userxattr=True).close()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert (disk.work / "work").stat().st_uid == USER.uid
