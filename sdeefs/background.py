@@ -125,19 +125,11 @@ class Background:
         os.waitpid(self._pid, 0)
 
 
-def _import_all() -> None:
-    """What a server needs from here on but trio, which waits until requests are served."""
-    import sdeefs.core.filesystem
-    import sdeefs.session
-    import sdeefs.transports.choose
-    import sdeefs.transports.mount_device
-    import sdeefs.transports.ring_transport
-    import sdeefs.watch  # noqa: F401
-
-
 def _child(asked: int, tell: int) -> int:
     os.setsid()
-    _import_all()
+    from sdeefs.preload import preload
+
+    preload(with_trio=False)  # it waits until requests are served
     from sdeefs import log
     from sdeefs.options import UsageError
     from sdeefs.refusals import Refused

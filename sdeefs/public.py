@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import array
 import errno
-import importlib
 import json
 import os
 import pickle
@@ -28,6 +27,7 @@ from dataclasses import dataclass, field
 from mount_helpers import syscalls
 from mount_helpers.fuse import abort_connection
 from sdeefs.options import Options, UsageError, parse
+from sdeefs.preload import preload
 from sdeefs.refusals import Refused, check_layers, check_merged, with_work
 
 __all__ = [
@@ -44,13 +44,6 @@ __all__ = [
 ]
 
 _MESSAGE = 1 << 16
-#: What a server imports on its way, beside this module; the transports' extensions may be missing.
-_SERVER = (
-    "encodings.ascii", "trio", "mount_helpers.fuse", "sdeefs.background", "sdeefs.core.filesystem",
-    "sdeefs.session", "sdeefs.transports.choose", "sdeefs.transports.device",
-    "sdeefs.transports.mount_device", "sdeefs.transports.ring_transport", "sdeefs.watch",
-)  # fmt: skip
-_EXTENSIONS = ("sdeefs.transports._ring", "sdeefs.transports._shortcuts")
 
 
 @dataclass
@@ -196,20 +189,6 @@ def receive_server(channel: socket.socket, pid: int, timeout: float = 60) -> Ser
     return Server(
         pid, os.pidfd_open(pid), descriptors[0], told["minor"], told["transport"], told["data_path"]
     )
-
-
-def preload() -> None:
-    """Import all that `run_server()` needs, so that a fork of this process serves at once.
-
-    Raises ImportError.
-    """
-    for name in _SERVER:
-        importlib.import_module(name)
-    for name in _EXTENSIONS:
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            pass  # another transport, or none of its shortcuts
 
 
 def run_server(

@@ -16,6 +16,37 @@ from tests.sdeefs.conftest import Lab, alive, mounted, wait_until
 TRANSPORTS = ("device", "pyfuse3", "ring")
 
 
+#: The command of an installation whose C extensions couldn't be built.
+PURE = """
+import sys
+for name in ("_ring", "_device", "_shortcuts"):
+    sys.modules["sdeefs.transports." + name] = None
+from sdeefs.__main__ import main
+sys.exit(main())
+"""
+
+
+def test_without_the_c_extensions(lab: Lab) -> None:
+    words = ["mount", "-v", str(lab.upper), str(lab.lower), str(lab.merged)]
+    done = subprocess.run(
+        [sys.executable, "-c", PURE, *words], capture_output=True, text=True, timeout=90
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+    assert lab.status()["transport"] == "device"
+    assert (lab.merged / "file").read_text() == "of lower\n"
+    (lab.merged / "file").write_text("ours\n")
+    assert (lab.upper / "file").read_text() == "ours\n"
+    lab.umount()
+
+
+def test_a_server_is_prepared_without_the_c_extensions() -> None:
+    code = PURE.replace(
+        "from sdeefs.__main__ import main\nsys.exit(main())", "import sdeefs.public"
+    )
+    code += "sdeefs.public.preload()\n"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_a_mount_shows_lower_and_keeps_changes_in_upper(lab: Lab, transport: str) -> None:
     said = lab.mount("-v", "--transport", transport)
