@@ -8,11 +8,14 @@ import glob
 
 from setuptools import Extension, setup
 
+SHARED = "sdeefs/transports/_serving.h"
+
 setup(
     ext_modules=[
         Extension(
             "sdeefs.transports._ring",
             ["sdeefs/transports/_ring.c"],
+            depends=[SHARED],
             libraries=["uring"],
             extra_compile_args=["-O2", "-std=gnu11"],
             optional=True,
@@ -20,13 +23,14 @@ setup(
         Extension(
             "sdeefs.transports._device",
             ["sdeefs/transports/_device.c"],
+            depends=[SHARED],
             extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra"],
             optional=True,
         ),
         Extension(
             "sdeefs.transports._shortcuts",
             sorted(glob.glob("sdeefs/transports/shortcuts/*.c")),
-            depends=sorted(glob.glob("sdeefs/transports/shortcuts/*.h")),
+            depends=[SHARED, *sorted(glob.glob("sdeefs/transports/shortcuts/*.h"))],
             extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra"],
             optional=True,
         ),

@@ -3,31 +3,15 @@
  * One thread's, on a descriptor of its own; it does what device.py's loop in Python does, in a few
  * microseconds less.
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "_serving.h"
 
-#include <errno.h>
-#include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
-#define OPCODES 64
 #define WRITE 16
 #define HEADER sizeof(struct in_header)
-
-struct in_header {
-	uint32_t len, opcode;
-	uint64_t unique, nodeid;
-	uint32_t uid, gid, pid;
-	uint16_t total_extlen, padding;
-};
-struct out_header {
-	uint32_t len;
-	int32_t error;
-	uint64_t unique;
-};
 
 typedef struct {
 	PyObject_HEAD
@@ -57,59 +41,16 @@ static void reply(Device *self, uint64_t unique, int error, const char *body, si
 	}
 }
 
-/* The errno of the exception that is set, which is cleared; what isn't an OSError is told of. */
-static int failure(Device *self, uint32_t opcode)
+static PyObject *ask(Device *self, const struct in_header *in, const char *body, Py_ssize_t length)
 {
-	PyObject *type, *value, *trace, *number = NULL;
-	int error = EIO;
-
-	PyErr_Fetch(&type, &value, &trace);
-	PyErr_NormalizeException(&type, &value, &trace);
-	if (value && PyErr_GivenExceptionMatches(type, PyExc_OSError)) {
-		number = PyObject_GetAttrString(value, "errno");
-		if (number && PyLong_Check(number))
-			error = (int)PyLong_AsLong(number);
-		PyErr_Clear();
-	} else {
-		PyObject *done;
-
-		if (value && trace)
-			PyException_SetTraceback(value, trace);
-		done = PyObject_CallFunction(self->fault, "IO", (unsigned)opcode, value ? value : Py_None);
-		if (!done)
-			PyErr_WriteUnraisable(self->fault);
-		Py_XDECREF(done);
-	}
-	Py_XDECREF(number);
-	Py_XDECREF(type);
-	Py_XDECREF(value);
-	Py_XDECREF(trace);
-	return error > 0 && error < 512 ? error : EIO;
-}
-
-static PyObject *call(Device *self, const struct in_header *in, const char *body, size_t length)
-{
-	PyObject *arguments[6] = { NULL }, *result = NULL;
-	int i;
-
 	if (in->opcode >= (uint32_t)PyList_GET_SIZE(self->handlers)) {
 		errno = ENOSYS;
 		return PyErr_SetFromErrno(PyExc_OSError);
 	}
-	arguments[1] = PyLong_FromUnsignedLongLong(in->nodeid);
 	/* What is written isn't copied: the handler is done with it when it returns. */
-	arguments[2] = in->opcode == WRITE ?
-		PyMemoryView_FromMemory((char *)body, (Py_ssize_t)length, PyBUF_READ) :
-		PyBytes_FromStringAndSize(body, (Py_ssize_t)length);
-	arguments[3] = PyLong_FromUnsignedLong(in->uid);
-	arguments[4] = PyLong_FromUnsignedLong(in->gid);
-	arguments[5] = PyLong_FromUnsignedLong(in->pid);
-	if (arguments[1] && arguments[2] && arguments[3] && arguments[4] && arguments[5])
-		result = PyObject_Vectorcall(PyList_GET_ITEM(self->handlers, in->opcode), arguments + 1,
-					     5 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
-	for (i = 1; i < 6; i++)
-		Py_XDECREF(arguments[i]);
-	return result;
+	return call_handler(self->handlers, in,
+			    in->opcode == WRITE ? PyMemoryView_FromMemory((char *)body, length, PyBUF_READ) :
+						  PyBytes_FromStringAndSize(body, length));
 }
 
 /* Called with the interpreter's lock. */
@@ -121,9 +62,9 @@ static void serve(Device *self, const char *request, size_t length)
 	memcpy(&in, request, HEADER);
 	if (in.opcode < OPCODES)
 		self->counts[in.opcode]++;
-	answer = call(self, &in, request + HEADER, length - HEADER);
+	answer = ask(self, &in, request + HEADER, (Py_ssize_t)(length - HEADER));
 	if (!answer) {
-		reply(self, in.unique, failure(self, in.opcode), NULL, 0);
+		reply(self, in.unique, failure(self->fault, in.opcode), NULL, 0);
 		return;
 	}
 	if (PyBytes_CheckExact(answer)) {
@@ -133,7 +74,7 @@ static void serve(Device *self, const char *request, size_t length)
 							 (unsigned)in.pid, answer);
 
 		if (!handed)
-			reply(self, in.unique, failure(self, in.opcode), NULL, 0);
+			reply(self, in.unique, failure(self->fault, in.opcode), NULL, 0);
 		Py_XDECREF(handed);
 	}
 	Py_DECREF(answer);
@@ -172,19 +113,7 @@ PyDoc_STRVAR(counts_doc, "counts() -> list[int]\n\nRequests served, by opcode.")
 
 static PyObject *Device_counts(Device *self, PyObject *Py_UNUSED(ignored))
 {
-	PyObject *list = PyList_New(OPCODES);
-	int i;
-
-	for (i = 0; list && i < OPCODES; i++) {
-		PyObject *number = PyLong_FromUnsignedLongLong(self->counts[i]);
-
-		if (!number) {
-			Py_CLEAR(list);
-			break;
-		}
-		PyList_SET_ITEM(list, i, number);
-	}
-	return list;
+	return counts_list(self->counts);
 }
 
 static int Device_init(Device *self, PyObject *args, PyObject *kwargs)

@@ -9,10 +9,8 @@
  * What an entry is: a header (fuse_in_header and fuse_out_header share its first 128 bytes, the
  * operation's own structure has the next 128) and a payload (names, data, the reply's body).
  */
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "_serving.h"
 
-#include <errno.h>
 #include <liburing.h>
 #include <poll.h>
 #include <sched.h>
@@ -25,19 +23,7 @@
 /* From linux/fuse.h of Linux 6.14; the installed header may be older. */
 #define CMD_REGISTER 1
 #define CMD_COMMIT_AND_FETCH 2
-#define OPCODES 64
 
-struct in_header {
-	uint32_t len, opcode;
-	uint64_t unique, nodeid;
-	uint32_t uid, gid, pid;
-	uint16_t total_extlen, padding;
-};
-struct out_header {
-	uint32_t len;
-	int32_t error;
-	uint64_t unique;
-};
 struct ent_in_out {
 	uint64_t flags, commit_id;
 	uint32_t payload_sz, padding;
@@ -178,72 +164,23 @@ static void commit(Ring *self, struct entry *entry, int error, PyObject *body)
 	prepare(self, entry, CMD_COMMIT_AND_FETCH, entry->header->ent.commit_id);
 }
 
-/* The errno of the exception that is set, which is cleared. */
-static int failure(Ring *self, uint32_t opcode)
-{
-	int number = EIO;
-
-	if (PyErr_ExceptionMatches(PyExc_OSError)) {
-		PyObject *type, *value, *trace, *attribute = NULL;
-
-		PyErr_Fetch(&type, &value, &trace);
-		PyErr_NormalizeException(&type, &value, &trace);
-		if (value)
-			attribute = PyObject_GetAttrString(value, "errno");
-		if (attribute && PyLong_Check(attribute))
-			number = (int)PyLong_AsLong(attribute);
-		Py_XDECREF(attribute);
-		Py_XDECREF(type);
-		Py_XDECREF(value);
-		Py_XDECREF(trace);
-		PyErr_Clear();
-	} else {
-		/* Python logs it, with its traceback. */
-		PyObject *type, *value, *trace, *done;
-
-		PyErr_Fetch(&type, &value, &trace);
-		PyErr_NormalizeException(&type, &value, &trace);
-		if (trace && value)
-			PyException_SetTraceback(value, trace);
-		done = PyObject_CallFunction(self->fault, "IO", (unsigned)opcode, value ? value : Py_None);
-		if (!done)
-			PyErr_WriteUnraisable(self->fault);
-		Py_XDECREF(done);
-		Py_XDECREF(type);
-		Py_XDECREF(value);
-		Py_XDECREF(trace);
-	}
-	return number > 0 && number < 512 ? number : EIO;
-}
-
-static PyObject *call_handler(Ring *self, struct entry *entry, const struct in_header *in)
+static PyObject *ask(Ring *self, struct entry *entry, const struct in_header *in)
 {
 	size_t payload = entry->header->ent.payload_sz;
 	size_t operation = in->len - sizeof *in - payload;
-	PyObject *arguments[6] = { NULL }, *result = NULL;
-	int i;
+	PyObject *body;
 
 	if (in->len < sizeof *in + payload || operation > sizeof entry->header->op_in ||
 	    payload > self->payload_size || in->opcode >= (uint32_t)PyList_GET_SIZE(self->handlers)) {
 		errno = in->opcode >= OPCODES ? ENOSYS : EIO;
 		return PyErr_SetFromErrno(PyExc_OSError);
 	}
-	arguments[1] = PyLong_FromUnsignedLongLong(in->nodeid);
-	arguments[2] = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(operation + payload));
-	arguments[3] = PyLong_FromUnsignedLong(in->uid);
-	arguments[4] = PyLong_FromUnsignedLong(in->gid);
-	arguments[5] = PyLong_FromUnsignedLong(in->pid);
-	if (arguments[1] && arguments[2] && arguments[3] && arguments[4] && arguments[5]) {
-		char *body = PyBytes_AS_STRING(arguments[2]);
-
-		memcpy(body, entry->header->op_in, operation);
-		memcpy(body + operation, entry->payload, payload);
-		result = PyObject_Vectorcall(PyList_GET_ITEM(self->handlers, in->opcode), arguments + 1,
-					     5 | PY_VECTORCALL_ARGUMENTS_OFFSET, NULL);
+	body = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(operation + payload));
+	if (body) {
+		memcpy(PyBytes_AS_STRING(body), entry->header->op_in, operation);
+		memcpy(PyBytes_AS_STRING(body) + operation, entry->payload, payload);
 	}
-	for (i = 1; i < 6; i++)
-		Py_XDECREF(arguments[i]);
-	return result;
+	return call_handler(self->handlers, in, body);
 }
 
 static void serve(Ring *self, struct entry *entry)
@@ -255,9 +192,9 @@ static void serve(Ring *self, struct entry *entry)
 	entry->unique = in.unique;
 	if (in.opcode < OPCODES)
 		self->counts[in.opcode]++;
-	reply = call_handler(self, entry, &in);
+	reply = ask(self, entry, &in);
 	if (!reply) {
-		commit(self, entry, failure(self, in.opcode), NULL);
+		commit(self, entry, failure(self->fault, in.opcode), NULL);
 		return;
 	}
 	if (PyBytes_CheckExact(reply)) {
@@ -269,7 +206,7 @@ static void serve(Ring *self, struct entry *entry)
 		handed = PyObject_CallFunction(self->later, "IKIO", (unsigned)(entry - self->entries),
 					       (unsigned long long)in.unique, (unsigned)in.pid, reply);
 		if (!handed)
-			commit(self, entry, failure(self, in.opcode), NULL);
+			commit(self, entry, failure(self->fault, in.opcode), NULL);
 		Py_XDECREF(handed);
 	}
 	Py_DECREF(reply);
@@ -428,19 +365,7 @@ PyDoc_STRVAR(counts_doc, "counts() -> list[int]\n\nRequests served, by opcode.")
 
 static PyObject *Ring_counts(Ring *self, PyObject *Py_UNUSED(ignored))
 {
-	PyObject *list = PyList_New(OPCODES);
-	int i;
-
-	for (i = 0; list && i < OPCODES; i++) {
-		PyObject *number = PyLong_FromUnsignedLongLong(self->counts[i]);
-
-		if (!number) {
-			Py_CLEAR(list);
-			break;
-		}
-		PyList_SET_ITEM(list, i, number);
-	}
-	return list;
+	return counts_list(self->counts);
 }
 
 static size_t pages(size_t size)

@@ -105,19 +105,7 @@ PyDoc_STRVAR(left_doc, "left() -> list[int]\n\nRequests that were left to Python
 
 static PyObject *Shortcuts_left(Shortcuts *self, PyObject *Py_UNUSED(ignored))
 {
-	PyObject *list = PyList_New(OPCODES);
-	int i;
-
-	for (i = 0; list && i < OPCODES; i++) {
-		PyObject *number = PyLong_FromUnsignedLongLong(self->left[i]);
-
-		if (!number) {
-			Py_CLEAR(list);
-			break;
-		}
-		PyList_SET_ITEM(list, i, number);
-	}
-	return list;
+	return counts_list(self->left);
 }
 
 static int read_map(PyObject *ranges, struct id_map *map)

@@ -12,11 +12,8 @@
 #ifndef SHORTCUTS_H
 #define SHORTCUTS_H
 
-#define PY_SSIZE_T_CLEAN
-#include <Python.h>
+#include "../_serving.h"
 
-#include <errno.h>
-#include <stdint.h>
 #include <string.h>
 #include <sys/stat.h>
 
@@ -28,7 +25,6 @@
 #define FAILED (-2) /* with a Python exception */
 
 #define UPPER 0
-#define OPCODES 64
 
 /* Directory.flags, as sdeefs/core/nodes.py has them. */
 #define FLAG_IMPURE 1
