@@ -10,8 +10,6 @@ import contextlib
 import errno
 import os
 import pickle
-import select
-import signal
 import socket
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,13 +19,14 @@ from typing import TYPE_CHECKING, NoReturn
 from mount_helpers import syscalls
 from mount_helpers.namespaces import IdRange
 from sdee_launch.init import set_title
+from sdee_launch.spare import SpareProcess, keep_only
 
 if TYPE_CHECKING:
     from sdeefs.public import Options, Server
 
 KERNEL, FUSE = "kernel", "fuse"
-#: The descriptor on which a server to be waits, and the most layers that it may get.
-_CHANNEL, _MOST_LAYERS = 3, 250
+#: The most layers that a server to be may get.
+_MOST_LAYERS = 250
 
 
 class EngineProblem(Exception):
@@ -194,22 +193,19 @@ def fuse_mount(
     return server.mount_fd, server.pid, server.pidfd
 
 
-class SpareServer:
-    """A server to be: a fork of this process that waits for the options of its mount.
-
-    It holds nothing of its maker's but its end of a channel, and ends with it.
-    """
+class SpareServer(SpareProcess):
+    """A server to be: a fork of this process that waits for the options of its mount."""
 
     def __init__(self) -> None:
         from sdeefs import public
 
         public.preload()
-        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self._pid = os.fork()
-            if not self._pid:
+            pid = os.fork()
+            if not pid:
                 _serve(theirs)
-            self._pidfd = os.pidfd_open(self._pid)
+        super().__init__(pid, ours)
 
     def start(self, options: Options, fds: Sequence[int]) -> Server:
         """Mount and serve. `fds`: the layers, lowers first, then upper and work. Closes this.
@@ -220,29 +216,12 @@ class SpareServer:
 
         try:
             socket.send_fds(self._channel, [pickle.dumps(options)], list(fds))
-            server = public.receive_server(self._channel, self._pid)
+            server = public.receive_server(self._channel, self.pid)
         except BaseException:
             self.discard()
             raise
         self._close()
         return server
-
-    def alive(self) -> bool:
-        """Whether it still waits."""
-        return not select.select([self._pidfd], [], [], 0)[0]
-
-    def discard(self) -> None:
-        """End it."""
-        try:
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-            os.waitid(os.P_PIDFD, self._pidfd, os.WEXITED)
-        except (ProcessLookupError, ChildProcessError):
-            pass
-        self._close()
-
-    def _close(self) -> None:
-        self._channel.close()
-        os.close(self._pidfd)
 
 
 def _serve(channel: socket.socket) -> NoReturn:
@@ -252,10 +231,7 @@ def _serve(channel: socket.socket) -> NoReturn:
     status = 1
     try:
         os.setsid()
-        os.dup2(channel.fileno(), _CHANNEL)
-        channel.detach()
-        os.closerange(_CHANNEL + 1, max(map(int, os.listdir("/proc/self/fd"))) + 1)
-        channel = socket.socket(fileno=_CHANNEL)
+        channel = keep_only(channel)
         null = os.open("/dev/null", os.O_RDWR)
         os.dup2(null, 0)
         os.dup2(null, 1)

@@ -23,11 +23,10 @@ from sdee_launch import init, join, membership
 from sdee_launch.assemble import AssemblyFailed, Material, assemble, gather
 from sdee_launch.plan import Plan
 from sdee_launch.privileges import Guard
+from sdee_launch.spare import SpareProcess, keep_only
 
 #: Seconds in which an instance must stand.
 PATIENCE = 60.0
-#: The descriptor on which a spare waits.
-_CHANNEL = 3
 _MOST_FDS = 200  # in one message; Linux takes 253
 _FLAGS = {"uts": sc.CLONE_NEWUTS, "ipc": sc.CLONE_NEWIPC}
 
@@ -88,17 +87,11 @@ class Instance:
             pass
 
 
-class Spare:
+class Spare(SpareProcess):
     """An init to be: it waits in new user and PID namespaces for the recipe of an instance.
 
-    Made before it is needed, it spares a request the clone. What it holds is its own end of the
-    channel; it has no descriptor of its maker's, and ends with it. Owns `channel` and `pidfd`.
+    Made before it is needed, it spares a request the clone.
     """
-
-    def __init__(self, pid: int, pidfd: int, channel: socket.socket) -> None:
-        self.pid = pid
-        self.pidfd = pidfd
-        self._channel = channel
 
     def begin(self, plan: Plan) -> None:
         """Let it start on what a plan takes from the host; `become` follows, with the same plan."""
@@ -124,23 +117,6 @@ class Spare:
             os.close(member)
         self._close()
         return self.pid
-
-    def discard(self) -> None:
-        """End it."""
-        try:
-            signal.pidfd_send_signal(self.pidfd, signal.SIGKILL)
-            os.waitid(os.P_PIDFD, self.pidfd, os.WEXITED)
-        except (ProcessLookupError, ChildProcessError):
-            pass
-        self._close()
-
-    def alive(self) -> bool:
-        """Whether it still waits: its owner may kill it."""
-        return not select.select([self.pidfd], [], [], 0)[0]
-
-    def _close(self) -> None:
-        self._channel.close()
-        os.close(self.pidfd)
 
 
 def prepare(
@@ -169,7 +145,7 @@ def prepare(
     if not pid:
         _child(its)
     its.close()
-    spare = Spare(pid, os.pidfd_open(pid), ours)
+    spare = Spare(pid, ours)
     try:
         if write_maps is not None:
             write_maps(pid)
@@ -276,11 +252,7 @@ def _receive(channel: socket.socket) -> tuple[bytes, list[int]] | None:
 def _child(channel: socket.socket) -> NoReturn:
     """The child of `prepare`."""
     try:
-        # Nothing of the maker's is held while waiting, what it serves and locks above all.
-        os.dup2(channel.fileno(), _CHANNEL)
-        channel.detach()
-        os.closerange(_CHANNEL + 1, max(map(int, os.listdir("/proc/self/fd"))) + 1)
-        channel = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, _CHANNEL)
+        channel = keep_only(channel)
         if not channel.recv(1):
             os._exit(1)
         _become_root()
