@@ -33,6 +33,8 @@ from mount_helpers.syscalls import (
 
 #: Every change of a directory's names, and of the files and directories in it.
 CHANGES = FAN_CREATE | FAN_DELETE | FAN_MOVED_FROM | FAN_MOVED_TO | FAN_MODIFY | FAN_ATTRIB
+#: What of a directory is told: its own names and attributes, and those of what is in it.
+_HERE = FAN_EVENT_ON_CHILD | FAN_ONDIR
 #: Those after which a name means something else.
 NAMES = FAN_CREATE | FAN_DELETE | FAN_MOVED_FROM | FAN_MOVED_TO
 
@@ -71,10 +73,10 @@ class Group:
         except PermissionError:
             self.fd = syscalls.fanotify_init(flags)
 
-    def mark(self, directory: int) -> None:
+    def mark(self, directory: int, events: int = CHANGES) -> None:
         """Watch a directory, by its descriptor. Raises OSError: ENOSPC where marks run out,
         EXDEV, ENODEV or EOPNOTSUPP where its filesystem can't name its objects."""
-        mask = CHANGES | FAN_EVENT_ON_CHILD | FAN_ONDIR
+        mask = events | _HERE
         # Through /proc: the descriptor may be O_PATH, which fanotify_mark(2) takes as a dirfd only.
         path = b"/proc/self/fd/%d" % directory
         flags = FAN_MARK_ADD | FAN_MARK_ONLYDIR
@@ -82,7 +84,7 @@ class Group:
 
     def unmark(self, directory: int) -> None:
         """Watch a directory no more."""
-        mask = CHANGES | FAN_EVENT_ON_CHILD | FAN_ONDIR
+        mask = CHANGES | _HERE
         path = b"/proc/self/fd/%d" % directory
         try:
             syscalls.fanotify_mark(self.fd, FAN_MARK_REMOVE, mask, syscalls.AT_FDCWD, path)

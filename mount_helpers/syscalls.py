@@ -62,6 +62,8 @@ MOVE_MOUNT_SET_GROUP = 0x100
 MOVE_MOUNT_BENEATH = 0x200
 FSOPEN_CLOEXEC = 1
 FSMOUNT_CLOEXEC = 1
+FSPICK_CLOEXEC = 1
+FSPICK_EMPTY_PATH = 8
 FSCONFIG_SET_FLAG = 0
 FSCONFIG_SET_STRING = 1
 FSCONFIG_SET_BINARY = 2
@@ -312,6 +314,16 @@ def fsconfig_fd(fs: int, key: str, fd: int) -> None:
 def fsconfig_create(fs: int) -> None:
     """Make the superblock."""
     _fsconfig(fs, FSCONFIG_CMD_CREATE, None, None, 0)
+
+
+def fspick(dirfd: int, path: Path, flags: int = 0) -> int:
+    """fspick(2): a context for changing the filesystem that is mounted there."""
+    return call("fspick", dirfd, _bytes(path), FSPICK_CLOEXEC | flags, path=path)
+
+
+def fsconfig_reconfigure(fs: int) -> None:
+    """Change the superblock's options to those set."""
+    _fsconfig(fs, FSCONFIG_CMD_RECONFIGURE, None, None, 0)
 
 
 def fsmount(fs: int, attributes: int = 0) -> int:

@@ -16,9 +16,6 @@ from sdee_launch import instances
 from sdee_launch.instances import Record
 from sdee_launch.masks import KERNEL, Masks
 
-_FSPICK_CLOEXEC = 1
-_FSPICK_EMPTY_PATH = 8
-
 
 def hide(masks: Masks, record: Record, gids: Iterable[int]) -> bool:
     """Hide from a live instance what the last scan found secret; whether anything was new.
@@ -40,10 +37,10 @@ def _forget_names(record: Record) -> None:
         try:
             if instances.exited(pidfd):  # and the number may be another's
                 return
-            fs = sc.call("fspick", root, b"", _FSPICK_CLOEXEC | _FSPICK_EMPTY_PATH)
+            fs = sc.fspick(root, b"", sc.FSPICK_EMPTY_PATH)
             try:
                 # Without options it changes nothing; it ends with shrink_dcache_sb().
-                sc.call("fsconfig", fs, sc.FSCONFIG_CMD_RECONFIGURE, None, None, 0)
+                sc.fsconfig_reconfigure(fs)
             finally:
                 os.close(fs)
         finally:

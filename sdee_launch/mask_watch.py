@@ -20,7 +20,7 @@ SETTLE = 0.3
 #: More marks than this aren't set, and more names at once are a matter for a whole scan.
 MOST_MARKS = 8192
 MOST_NAMES = 200
-_EVENTS = sc.FAN_CREATE | sc.FAN_MOVED_TO | sc.FAN_ATTRIB | sc.FAN_EVENT_ON_CHILD | sc.FAN_ONDIR
+_EVENTS = sc.FAN_CREATE | sc.FAN_MOVED_TO | sc.FAN_ATTRIB
 _OPEN = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
@@ -62,9 +62,7 @@ class Watch:
                 if status.st_uid != 0 or status.st_mode & 0o022:
                     return
                 handle = sc.name_to_handle_at(fd, b"", sc.AT_EMPTY_PATH)[0]
-                here = b"/proc/self/fd/%d" % fd
-                flags = sc.FAN_MARK_ADD | sc.FAN_MARK_ONLYDIR
-                sc.fanotify_mark(self._group.fd, flags, _EVENTS, sc.AT_FDCWD, here)
+                self._group.mark(fd, _EVENTS)
                 self._paths[handle] = path
             finally:
                 os.close(fd)
