@@ -40,6 +40,11 @@ def set_times(fd: int, name: bytes, atime_ns: int | None, mtime_ns: int | None) 
         raise OSError(number, os.strerror(number))
 
 
+def is_privileged(mode: int) -> bool:
+    """Whether a write takes setuid, or setgid of a program, away."""
+    return bool(mode & stat.S_ISUID) or mode & 0o2010 == 0o2010
+
+
 def _timespec(value: int | None) -> tuple[int, int]:
     if value is None:
         return 0, _UTIME_OMIT
@@ -259,9 +264,7 @@ class AttributesRoom(Lookup):
             return
         st = os.fstat(fd) if fd >= 0 else self._stat(node)
         mode = st.st_mode
-        if mode & stat.S_ISUID or mode & (stat.S_ISGID | stat.S_IXGRP) == (
-            stat.S_ISGID | stat.S_IXGRP
-        ):
+        if is_privileged(mode):
             mode &= ~stat.S_ISUID
             if mode & stat.S_IXGRP:
                 mode &= ~stat.S_ISGID

@@ -9,6 +9,7 @@ import stat
 
 from sdeefs.core import credentials
 from sdeefs.core.api import Caller, Entry, Io, Opened, SetAttributes
+from sdeefs.core.attributes import is_privileged
 from sdeefs.core.formats import fd_path
 from sdeefs.core.listing import OpenDirectory
 from sdeefs.core.nodes import UPPER, Directory, Node
@@ -18,11 +19,6 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 #: What of open(2)'s flags reaches the descriptor of a layer's file.
 _KEPT = os.O_ACCMODE | os.O_TRUNC | os.O_SYNC | os.O_DSYNC | os.O_NOATIME
-
-
-def _is_privileged(mode: int) -> bool:
-    """Whether a write takes setuid or setgid away."""
-    return bool(mode & stat.S_ISUID) or mode & 0o2010 == 0o2010
 
 
 def bad_handle() -> OSError:
@@ -158,9 +154,9 @@ class Handles(Renames):
             io = handles[0].io
             if io is Io.PASSTHROUGH and writable and extra.privileged is None:
                 st = os.fstat(fd)
-                if _is_privileged(st.st_mode):
+                if is_privileged(st.st_mode):
                     extra.privileged = st.st_mtime_ns
-        elif writable and _is_privileged(os.fstat(fd).st_mode):
+        elif writable and is_privileged(os.fstat(fd).st_mode):
             # Linux <= 6.18 with KILLPRIV_V2 leaves setuid and setgid when it writes through: such a
             # file is written by requests, which say when the bits are to go.
             io = Io.CACHED
@@ -245,7 +241,7 @@ class Handles(Renames):
         mode = change.mode
         if mode is not None:
             extra.privileged = None
-            if _is_privileged(mode):
+            if is_privileged(mode):
                 for file in extra.handles:
                     if file.writable and file.io is Io.PASSTHROUGH:
                         extra.privileged = 0
