@@ -19,7 +19,7 @@ def release_ended(account: Account, where: str) -> list[str]:
     """Release what jobs use that Slurm doesn't know any more; who they were. Nothing is released
     where Slurm gives no answer. Raises DeployProblem."""
     jobs = [key for key in cache.users(account, where) if key.removeprefix("job-").isdigit()]
-    live = _live(account.uid) if jobs else None
+    live = live_jobs(str(account.uid)) if jobs else None
     if live is None:
         return []
     ended = [key for key in jobs if key.removeprefix("job-") not in live]
@@ -28,11 +28,11 @@ def release_ended(account: Account, where: str) -> list[str]:
     return ended
 
 
-def _live(uid: int) -> set[str] | None:
-    """The numbers of a user's jobs that haven't ended; None: nobody can tell."""
+def live_jobs(user: str) -> set[str] | None:
+    """The numbers of the jobs of a user (name or uid) that haven't ended; None: nobody can tell."""
     try:
         done = subprocess.run(
-            ["squeue", "-h", "-u", str(uid), "-o", "%A"],
+            ["squeue", "-h", "-u", user, "-o", "%A"],
             capture_output=True, text=True, timeout=PATIENCE, check=False,
         )  # fmt: skip
     except (OSError, subprocess.SubprocessError):

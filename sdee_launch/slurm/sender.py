@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from sdee_launch.deploy.ended import live_jobs
 from sdee_launch.protocol import Refused
 from sdee_launch.slurm import broadcast
 
@@ -96,10 +97,5 @@ async def _keep(daemon: Daemon, wish: broadcast.Wish) -> None:
 
 def _drop(promises: list[Path]) -> None:
     for path in promises:
-        uid = path.name.partition("-")[0]
-        done = subprocess.run(
-            ["squeue", "-h", "-u", uid, "-o", "%A"],
-            capture_output=True, text=True, timeout=120, check=False,
-        )  # fmt: skip
-        if not done.returncode and not done.stdout.strip():
+        if live_jobs(path.name.partition("-")[0]) == set():
             path.unlink(missing_ok=True)

@@ -2,7 +2,8 @@
 
 `python -I -m sdee_launch.slurm.submit [--sdee NAME[@GENERATION]] [--exclude PATTERNS] [--keep]`
 prints NAME=VALUE lines, which the plugin hands to Prolog as SPANK_NAME; nothing if the job gets
-no environment, `step` if there is no job to submit: `srun --jobid` goes into one that runs. What is printed to stderr is the user's reason why the job isn't submitted.
+no environment, `step` if there is no job to submit (`srun --jobid` goes into one that runs). What is
+printed to stderr is the user's reason why the job isn't submitted.
 
 It imports little: an srun of a user without an environment must not feel it.
 """
