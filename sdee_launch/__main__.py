@@ -1,8 +1,5 @@
 """The command `sdee`. The way to `run` and `shell` is short: it imports next to nothing."""
 
-from __future__ import annotations
-
-import os
 import sys
 
 
@@ -15,6 +12,8 @@ def main() -> int:
         status = int(session.main(arguments))
         if sys.stdout is not None:  # None: it was closed
             sys.stdout.flush()
+        import os
+
         os._exit(status)  # taking the interpreter down takes a millisecond, and has nothing to do
     if arguments == ["--version"]:
         import sdeefs

@@ -12,10 +12,10 @@ import pytest
 import sdee_launch
 
 PROGRAMS = ("sdee", "sdee-login", "sdeefs")
-#: Each of these takes a millisecond or more; the first half of a session needs none of them.
+#: Each of these costs a file to load, if not milliseconds; the first half of a session needs none.
 SLOW = {
-    "argparse", "contextlib", "ctypes", "dataclasses", "enum", "functools", "json", "logging", "pathlib",
-    "pwd", "re", "site", "socket", "subprocess", "tomllib", "trio", "typing",
+    "__future__", "_json", "argparse", "contextlib", "ctypes", "dataclasses", "enum", "functools", "json",
+    "logging", "os", "pathlib", "pwd", "re", "site", "socket", "subprocess", "tomllib", "trio", "typing",
 }  # fmt: skip
 
 
