@@ -190,8 +190,11 @@ class Operations(Protocol):
     def readdir(self, handle: int, offset: int) -> Iterator[DirectoryEntry]: ...
     # readdirplus: the same, each with its Entry; every yielded entry whose node isn't 0 counts as a
     # look-up (forget), so a transport that can't use the last one calls forget(node, 1) itself.
-    # "." and ".." are yielded with node 0 and their attributes.
-    def readdirplus(self, handle: int, offset: int) -> Iterator[tuple[DirectoryEntry, Entry]]: ...
+    # "." and ".." are yielded with node 0 and their attributes. To a caller that hasn't looked up
+    # what it listed (core/lookers.py), node 0 without attributes may be told of others; None: never.
+    def readdirplus(
+        self, handle: int, offset: int, caller: Caller | None = None
+    ) -> Iterator[tuple[DirectoryEntry, Entry]]: ...
     def releasedir(self, handle: int) -> None: ...
     def setxattr(
         self,

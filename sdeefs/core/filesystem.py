@@ -58,7 +58,11 @@ class Filesystem(Xattrs):
         with self.lock:
             if self.open_directories > self.settings.max_directories:
                 self._trim()
-            return self._lookup(self._directory(parent), name)
+            directory = self._directory(parent)
+            entry = self._lookup(directory, name)
+            if directory.lister == caller.pid and entry.attributes is not None:
+                self.lookers.note(caller.pid, stat.S_IFMT(entry.attributes.mode))
+            return entry
 
     def forget(self, node: int, count: int) -> None:
         """The kernel drops `count` look-ups of a node."""
@@ -369,14 +373,16 @@ class Filesystem(Xattrs):
             entries = self._entries(opened, offset)
         return self._plain_entries(opened, entries, offset)
 
-    def readdirplus(self, handle: int, offset: int) -> Iterator[tuple[DirectoryEntry, Entry]]:
-        """The entries from an offset on, each with its look-up."""
+    def readdirplus(
+        self, handle: int, offset: int, caller: Caller | None = None
+    ) -> Iterator[tuple[DirectoryEntry, Entry]]:
+        """The entries from an offset on, with their look-ups where the caller wants them."""
         opened = self._open_directory(handle)
         with self.lock:
             if self.open_directories > self.settings.max_directories:
                 self._trim()
             entries = self._entries(opened, offset)
-        return self._entries_plus(opened, entries, offset)
+        return self._entries_plus(opened, entries, offset, caller)
 
     def releasedir(self, handle: int) -> None:
         """A directory handle is closed."""

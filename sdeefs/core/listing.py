@@ -12,9 +12,10 @@ import os
 import stat
 from collections.abc import Iterator
 
-from sdeefs.core.api import ROOT_NODE, DirectoryEntry, Entry
+from sdeefs.core.api import ROOT_NODE, Caller, DirectoryEntry, Entry
 from sdeefs.core.copyup import CopyUp
 from sdeefs.core.formats import PREFIX, get_xattr, xattr_path
+from sdeefs.core.lookers import Lookers
 from sdeefs.core.nodes import DEAD, HIDDEN, IMPURE, UPPER, Directory, Node
 
 _new = tuple.__new__
@@ -62,6 +63,7 @@ class Listing(CopyUp):
     def __init__(self, settings: object) -> None:
         super().__init__(settings)
         self._latest = Latest()
+        self.lookers = Lookers()
 
     def _scan(
         self, layer_number: int, dir_fd: int, unknown: bool
@@ -187,9 +189,10 @@ class Listing(CopyUp):
             yield _new(DirectoryEntry, (name, ino, kind, position + 1))
 
     def _entries_plus(
-        self, handle: OpenDirectory, entries: Snapshot, offset: int
+        self, handle: OpenDirectory, entries: Snapshot, offset: int, caller: Caller | None
     ) -> Iterator[tuple[DirectoryEntry, Entry]]:
         directory = handle.node
+        bare = _new(Entry, (0, None, 0.0, 0.0))
         for position in range(offset, len(entries)):
             name, ino, kind = entries[position]
             try:
@@ -199,6 +202,9 @@ class Listing(CopyUp):
                         if position == 1 and directory.number != ROOT_NODE:
                             node = directory.parent or directory
                         entry = _new(Entry, (0, self._attributes(node, self._stat(node)), 0.0, 0.0))
+                    elif caller and ino != UNKNOWN and not self.lookers.wants(caller.pid, kind):
+                        directory.lister = caller.pid
+                        entry = bare
                     else:
                         entry = self._lookup(directory, name)
                         if entry.attributes is None:
@@ -207,5 +213,5 @@ class Listing(CopyUp):
             except OSError:
                 if ino == UNKNOWN:
                     continue
-                entry = _new(Entry, (0, None, 0.0, 0.0))
+                entry = bare
             yield _new(DirectoryEntry, (name, ino, kind, position + 1)), entry

@@ -87,7 +87,7 @@ class Node:
 class Directory(Node):
     """A directory: in upper, in some lowers, or in both."""
 
-    __slots__ = ("children", "flags", "lower_fds", "lowers", "redirect", "upper_fd")
+    __slots__ = ("children", "flags", "lister", "lower_fds", "lowers", "redirect", "upper_fd")
 
     def __init__(
         self,
@@ -109,6 +109,7 @@ class Directory(Node):
         self.redirect = redirect
         self.upper_fd = -1
         self.lower_fds: list[int] | None = None
+        self.lister = -1  # the process that was last told names of it without attributes
 
     def close_fds(self, to: list[int]) -> None:
         """Hand the descriptors over to be closed."""

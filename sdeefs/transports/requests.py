@@ -398,7 +398,7 @@ def _directories(operations: Operations) -> Part:
     def readdirplus(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
         handle, offset, room, _, _, _, _ = wire.READ_IN.unpack_from(body)
         page = []
-        for entry, found in op_readdirplus(handle, offset):
+        for entry, found in op_readdirplus(handle, offset, _caller((uid, gid, pid))):
             room -= (159 + len(entry.name)) & ~7
             if room < 0:
                 if found.node:

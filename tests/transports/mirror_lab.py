@@ -270,7 +270,9 @@ class Mirror:
                 continue
             yield DirectoryEntry(name, st.st_ino, stat.S_IFMT(st.st_mode), i)
 
-    def readdirplus(self, handle: int, offset: int) -> Iterator[tuple[DirectoryEntry, Entry]]:
+    def readdirplus(
+        self, handle: int, offset: int, caller: Caller | None = None
+    ) -> Iterator[tuple[DirectoryEntry, Entry]]:
         parent = self.node_of_handle[handle]
         for entry in self.readdir(handle, offset):
             if entry.name in (b".", b".."):

@@ -106,10 +106,12 @@ class Side:
         if shorten:
             self.table = shortcuts.shorten(self.filesystem, self.table, None, features)
 
-    def ask(self, opcode: Opcode, node: int, body: bytes, uid: int = 0) -> tuple[int, bytes]:
+    def ask(
+        self, opcode: Opcode, node: int, body: bytes, uid: int = 0, pid: int = 1
+    ) -> tuple[int, bytes]:
         """(errno, reply)."""
         try:
-            answer = self.table[opcode](node, body, uid, uid, 1)
+            answer = self.table[opcode](node, body, uid, uid, pid)
             return 0, (answer.finish() if isinstance(answer, Deferred) else answer) or b""
         except OSError as error:
             return error.errno or -1, b""
@@ -186,10 +188,11 @@ def comparable(opcode: Opcode, reply: bytes) -> object:
 _name = st.sampled_from(NAMES)
 _node = st.integers(0, 12)
 _handle = st.integers(0, 5)
+_pid = st.integers(1, 2)  # lists, or looks up what it listed
 _step = st.one_of(
-    st.tuples(st.just("lookup"), _node, _name),
+    st.tuples(st.just("lookup"), _node, st.tuples(_name, _pid)),
     st.tuples(st.just("getattr"), _node, st.none()),
-    st.tuples(st.just("list"), _node, st.sampled_from([300, 4096])),
+    st.tuples(st.just("list"), _node, _pid),
     st.tuples(st.just("chmod"), _node, st.sampled_from([0o600, 0o4755, 0o1777])),
     st.tuples(st.just("chown"), _node, st.sampled_from([(0, 0), (5, 6), (70000, 1), (None, 3)])),
     st.tuples(st.just("times"), _node, st.sampled_from(["now", 5, None])),
@@ -229,9 +232,9 @@ class Player:
         self.handle_node: dict[int, int] = {}
         self.counts: dict[int, int] = {}
 
-    def ask(self, opcode: Opcode, node: int, body: bytes = b"") -> bytes:
+    def ask(self, opcode: Opcode, node: int, body: bytes = b"", pid: int = 1) -> bytes:
         """The reply, which is the same from both."""
-        answers = [side.ask(opcode, node, body, self.user) for side in self.both]
+        answers = [side.ask(opcode, node, body, self.user, pid) for side in self.both]
         seen = [(number, comparable(opcode, reply)) for number, reply in answers]
         assert seen[0] == seen[1], f"{opcode.name} of {node} {body!r}"
         if opcode in (Opcode.LOOKUP, Opcode.MKDIR, Opcode.CREATE, Opcode.LINK) and answers[0][1]:
@@ -256,7 +259,7 @@ class Player:
         handle = self.handles[which % len(self.handles)]
         name = os.fsencode(more) + b"\0" if isinstance(more, str) else b""
         if word == "lookup":
-            self.ask(Opcode.LOOKUP, node, name)
+            self.ask(Opcode.LOOKUP, node, os.fsencode(more[0]) + b"\0", more[1])
         elif word == "getattr":
             self.ask(Opcode.GETATTR, node, wire.GETATTR_IN.pack(0, 0, 0))
         elif word == "list":
@@ -327,12 +330,13 @@ class Player:
             self.handles.append(handle)
             self.handle_node[handle] = node
 
-    def _list(self, node: int, room: int) -> None:
+    def _list(self, node: int, pid: int) -> None:
         reply = self.ask(Opcode.OPENDIR, node, wire.OPEN_IN.pack(0, 0))
         if reply:
             handle = wire.OPEN_OUT.unpack(reply)[0]
-            self.ask(Opcode.READDIRPLUS, node, wire.READ_IN.pack(handle, 0, 1 << 16, 0, 0, 0, 0))
-            self.ask(Opcode.READDIRPLUS, node, wire.READ_IN.pack(handle, 2, 0, 0, 0, 0, 0))
+            for offset, room in ((0, 1 << 16), (2, 0)):
+                page = wire.READ_IN.pack(handle, offset, room, 0, 0, 0, 0)
+                self.ask(Opcode.READDIRPLUS, node, page, pid)
             self.ask(Opcode.RELEASEDIR, node, wire.RELEASE_IN.pack(handle, 0, 0, 0))
 
 
@@ -346,7 +350,7 @@ def test_the_same_answers(variant: str, steps: list[tuple[str, int, Any]]) -> No
     with sides(variant) as (python, c):
         player = Player(python, c)
         for name in NAMES:
-            player.play("lookup", 0, name)
+            player.play("lookup", 0, (name, 1))
         for word, which, more in steps:
             player.play(word, which, more)
         assert python.tree() == c.tree()
@@ -365,7 +369,7 @@ def test_plain_cases_are_answered_in_c() -> None:
         player.play("create", 0, "new0")  # the first asks for the directory's default ACL
         before = _left(c)
         for name in ("file", "only-upper", "absent", "link"):
-            player.play("lookup", 0, name)
+            player.play("lookup", 0, (name, 1))
         player.play("create", 0, "new1")
         made, handle = len(player.nodes) - 1, len(player.handles) - 1
         for word, which, more in (
@@ -391,6 +395,6 @@ def test_errors_are_the_kernels() -> None:
     with sides("plain") as (python, c):
         player = Player(python, c)
         body = wire.GETXATTR_IN.pack(100, 0) + b"security.capability\0"
-        player.play("lookup", 0, "only-upper")
+        player.play("lookup", 0, ("only-upper", 1))
         assert c.ask(Opcode.GETXATTR, player.nodes[-1], body)[0] == errno.ENODATA
         assert c.ask(Opcode.GETATTR, 999, wire.GETATTR_IN.pack(0, 0, 0))[0] == errno.ESTALE

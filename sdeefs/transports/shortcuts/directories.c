@@ -3,14 +3,47 @@
 
 #define ENTRY sizeof(struct fuse_entry_out)
 
+/* core/lookers.py: a process and a kind of what it lists, and their place in the table. */
+static uint64_t looker(const struct call *call, uint32_t mode)
+{
+	return (uint64_t)call->pid << 1 | S_ISDIR(mode);
+}
+
+static Py_ssize_t place_in(Shortcuts *self, uint64_t key)
+{
+	return (Py_ssize_t)(key % (uint64_t)PyList_GET_SIZE(self->lookers));
+}
+
+static int wants_attributes(Shortcuts *self, const struct call *call, uint32_t mode)
+{
+	uint64_t key = looker(call, mode);
+
+	return PyLong_AsUnsignedLongLongMask(PyList_GET_ITEM(self->lookers, place_in(self, key))) == key;
+}
+
+/* Filesystem.lookup()'s note of who looks up what it has listed. */
+void note_lookup(Shortcuts *self, PyObject *directory, const struct call *call, uint32_t mode)
+{
+	uint64_t key = looker(call, mode);
+	PyObject *number;
+
+	if (slot_int(directory, shape.lister) != (long)call->pid)
+		return;
+	number = PyLong_FromUnsignedLongLong(key);
+	if (number)
+		(void)PyList_SetItem(self->lookers, place_in(self, key), number);
+	else
+		PyErr_Clear(); /* it stays unknown */
+}
+
 /* A look-up that isn't plain, by Python: its encoded answer, or 0 for a name to leave out. */
 static int look_up_slowly(Shortcuts *self, PyObject *directory, PyObject *name, uint64_t ino,
 			  struct fuse_entry_out *out)
 {
-	PyObject *arguments[3] = { SLOT(directory, shape.number), name, Py_None }, *entry, *packed = NULL;
+	PyObject *arguments[2] = { directory, name }, *entry, *packed = NULL;
 	int rc = -1;
 
-	entry = PyObject_Vectorcall(self->lookup, arguments, 3, NULL);
+	entry = PyObject_Vectorcall(self->lookup, arguments, 2, NULL);
 	if (entry)
 		packed = PyObject_CallOneArg(self->pack_entry, entry);
 	if (packed && PyBytes_Check(packed) && PyBytes_GET_SIZE(packed) == ENTRY) {
@@ -80,6 +113,9 @@ int do_readdirplus(Shortcuts *self, struct call *call)
 			break;
 		if (position < 2) {
 			memset(out, 0, ENTRY);
+		} else if (ino && !wants_attributes(self, call, kind)) {
+			memset(out, 0, ENTRY);
+			set_slot(directory, shape.lister, Py_NewRef(call->arguments[4]));
 		} else {
 			rc = find_name(self, directory, name, &found);
 			if (!rc)

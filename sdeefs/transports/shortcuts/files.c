@@ -321,9 +321,7 @@ int do_release(Shortcuts *self, struct call *call)
 		return FAILED;
 	}
 	Py_DECREF(handle);
-	Py_BEGIN_ALLOW_THREADS
-	close(fd);
-	Py_END_ALLOW_THREADS
+	close_later(self, fd);
 	call->size = 0;
 	return ANSWERED;
 }

@@ -9,14 +9,13 @@ static PyObject *leave(Shortcuts *self, uint32_t opcode, PyObject *const *argume
 	return PyObject_Vectorcall(PyList_GET_ITEM(self->handlers, opcode), arguments, (size_t)count, NULL);
 }
 
-/* 1: the core's lock is ours; 0: another thread has it, which Python waits for. */
+/* The core's lock; -1 with an exception. */
 static int lock(Shortcuts *self)
 {
-	PyObject *taken = PyObject_CallOneArg(self->acquire, Py_False);
-	int truth = taken ? PyObject_IsTrue(taken) : -1;
+	PyObject *taken = PyObject_CallNoArgs(self->acquire);
 
 	Py_XDECREF(taken);
-	return truth;
+	return taken ? 0 : -1;
 }
 
 static int unlock(Shortcuts *self)
@@ -45,15 +44,14 @@ static PyObject *serve(Shortcuts *self, uint32_t opcode, shortcut shortcut, int 
 	call.length = PyBytes_GET_SIZE(arguments[1]);
 	call.uid = (uint32_t)PyLong_AsUnsignedLongMask(arguments[2]);
 	call.gid = (uint32_t)PyLong_AsUnsignedLongMask(arguments[3]);
+	call.pid = (uint32_t)PyLong_AsUnsignedLongMask(arguments[4]);
 	if (locked) {
-		int taken = lock(self);
-
-		if (taken < 0)
+		if (lock(self) < 0)
 			return NULL;
-		if (taken) {
-			rc = shortcut(self, &call);
-			unlock(self);
-		}
+		rc = shortcut(self, &call);
+		unlock(self);
+		if (self->dropped_count)
+			close_dropped(self);
 	} else {
 		rc = shortcut(self, &call);
 	}
@@ -215,7 +213,8 @@ static int find_objects(Shortcuts *self)
 	self->files = attribute(filesystem, "_files", NULL);
 	self->open_dirs = attribute(filesystem, "_open_dirs", NULL);
 	self->upper = attribute(filesystem, "upper", NULL);
-	self->lookup = attribute(filesystem, "lookup", NULL);
+	self->lookup = attribute(filesystem, "_lookup", NULL);
+	self->lookers = attribute(filesystem, "lookers", "table");
 	self->settle = imported("sdeefs.core.credentials", "settle", NULL);
 	self->become = imported("sdeefs.core.credentials", "become", NULL);
 	self->pack_entry = imported("sdeefs.transports.wire", "pack_entry", NULL);
@@ -226,7 +225,7 @@ static int find_objects(Shortcuts *self)
 		self->release_backing = attribute(self->backing, "release", NULL);
 	}
 	return PyErr_Occurred() || !PyDict_Check(self->nodes) || !PyDict_Check(self->files) ||
-			       !PyDict_Check(self->open_dirs) ? -1 : 0;
+			       !PyDict_Check(self->open_dirs) || !PyList_Check(self->lookers) ? -1 : 0;
 }
 
 static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
@@ -285,6 +284,7 @@ static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
 	do(self->become);                                                                         \
 	do(self->pack_entry);                                                                     \
 	do(self->lookup);                                                                         \
+	do(self->lookers);                                                                        \
 	do(self->io_passthrough);                                                                 \
 	do(self->io_cached)
 
@@ -318,6 +318,7 @@ static void Shortcuts_dealloc(Shortcuts *self)
 	PyMem_Free(self->lower_owners.uids.ranges);
 	PyMem_Free(self->lower_owners.gids.ranges);
 	PyMem_Free(self->secrets.gids);
+	PyMem_Free(self->dropped);
 	Py_TYPE(self)->tp_free((PyObject *)self);
 }
 

@@ -170,6 +170,8 @@ int do_lookup(Shortcuts *self, struct call *call)
 	rc = find_name(self, parent, name, &found);
 	if (!rc)
 		rc = pack_found(self, &found, (struct fuse_entry_out *)call->out);
+	if (!rc && found.node)
+		note_lookup(self, parent, call, found.st.st_mode);
 	call->size = sizeof(struct fuse_entry_out);
 	Py_DECREF(name);
 	return rc;
@@ -200,7 +202,7 @@ static int drop(Shortcuts *self, PyObject *node)
 	}
 	set_slot(node, shape.count, PyLong_FromLong(0));
 	if (fd >= 0) {
-		close(fd);
+		close_later(self, fd);
 		set_slot(extra, shape.fd, PyLong_FromLong(-1));
 	}
 	return 1;

@@ -2,6 +2,7 @@
 #include "shortcuts.h"
 
 #include <structmember.h>
+#include <unistd.h>
 
 struct shape shape;
 PyObject *str_next, *str_next_handle, *str_lower_timeout, *str_xwhiteouts, *str_spare, *str_entries;
@@ -62,6 +63,7 @@ int learn_shape(void)
 		{ &shape.directory, "lower_fds", &shape.lower_fds },
 		{ &shape.directory, "upper_fd", &shape.upper_fd },
 		{ &shape.directory, "flags", &shape.flags },
+		{ &shape.directory, "lister", &shape.lister },
 		{ &shape.extra, "names", &shape.names },
 		{ &shape.extra, "key", &shape.key },
 		{ &shape.extra, "fd", &shape.fd },
@@ -238,4 +240,34 @@ PyObject *new_extra(void)
 	SLOT(extra, shape.work_name) = Py_NewRef(Py_None);
 	SLOT(extra, shape.privileged) = Py_NewRef(Py_None);
 	return extra;
+}
+
+void close_later(Shortcuts *self, int fd)
+{
+	if (self->dropped_count == self->dropped_room) {
+		Py_ssize_t room = self->dropped_room ? 2 * self->dropped_room : 64;
+		int *more = PyMem_Resize(self->dropped, int, (size_t)room);
+
+		if (!more) {
+			close(fd);
+			return;
+		}
+		self->dropped = more;
+		self->dropped_room = room;
+	}
+	self->dropped[self->dropped_count++] = fd;
+}
+
+void close_dropped(Shortcuts *self)
+{
+	int *fds = self->dropped;
+	Py_ssize_t i, count = self->dropped_count;
+
+	self->dropped = NULL;
+	self->dropped_count = self->dropped_room = 0;
+	Py_BEGIN_ALLOW_THREADS
+	for (i = 0; i < count; i++)
+		close(fds[i]);
+	Py_END_ALLOW_THREADS
+	PyMem_Free(fds);
 }

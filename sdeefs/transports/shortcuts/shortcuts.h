@@ -6,7 +6,8 @@
  * hard links that were copied up, secrets, ACLs) is written once, in Python.
  *
  * All run with the GIL and the core's lock held. System calls keep the GIL: they are short on a
- * local filesystem, and handing it over for each costs more than they do. Remote layers get no
+ * local filesystem, and handing it over for each costs more than they do. Not so close(), which frees
+ * the blocks of a file without names: it waits until both are given up. Remote layers get no
  * shortcuts (shortcuts.py).
  */
 #ifndef SHORTCUTS_H
@@ -69,6 +70,7 @@ typedef struct {
 	PyObject *backing;  /* BackingIds, or None */
 	PyObject *acquire_backing, *release_backing;
 	PyObject *settle, *become, *pack_entry, *lookup;
+	PyObject *lookers; /* core/lookers.py: its table */
 	PyObject *io_passthrough, *io_cached;
 	struct layer *layers;
 	Py_ssize_t layer_count;
@@ -80,6 +82,8 @@ typedef struct {
 	int writable, index_on, writeback, passthrough, setxattr_ext, is_volatile;
 	int work_fd;
 	char own_prefix[32]; /* of xattrs that merged doesn't show as they are */
+	int *dropped; /* descriptors to close */
+	Py_ssize_t dropped_count, dropped_room;
 	uint64_t left[OPCODES]; /* requests that were Python's, by opcode */
 } Shortcuts;
 
@@ -88,7 +92,7 @@ struct call {
 	uint64_t node;
 	const char *body;
 	Py_ssize_t length;
-	uint32_t uid, gid;
+	uint32_t uid, gid, pid;
 	PyObject *const *arguments; /* as Python's handler takes them */
 	char out[192];
 	size_t size;
@@ -101,7 +105,7 @@ struct shape {
 	/* Node */
 	Py_ssize_t number, count, parent, name, kind, layer, ino, shown, extra_at, stamp;
 	/* Directory */
-	Py_ssize_t children, lowers, lower_fds, upper_fd, flags;
+	Py_ssize_t children, lowers, lower_fds, upper_fd, flags, lister;
 	/* Extra */
 	Py_ssize_t names, key, fd, index, lower_nlink, handles, opened, secret, work_name, privileged;
 	/* OpenFile */
@@ -124,6 +128,8 @@ PyObject *new_node(Shortcuts *self, PyObject *parent, PyObject *name, const stru
 		   uint64_t shown, PyObject *stamp);
 PyObject *new_extra(void);
 PyObject *next_number(PyObject *owner, PyObject *attribute); /* and count it up */
+void close_later(Shortcuts *self, int fd); /* once the lock is given up */
+void close_dropped(Shortcuts *self);
 extern PyObject *str_next, *str_next_handle, *str_lower_timeout, *str_xwhiteouts, *str_spare, *str_entries;
 
 /* places.c: where an object is, and what stat tells of it */
@@ -173,5 +179,6 @@ int do_release(Shortcuts *self, struct call *call);
 
 /* directories.c */
 int do_readdirplus(Shortcuts *self, struct call *call);
+void note_lookup(Shortcuts *self, PyObject *directory, const struct call *call, uint32_t mode);
 
 #endif
