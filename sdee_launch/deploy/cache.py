@@ -40,6 +40,8 @@ from sdee_launch.deploy.walk import DIRECTORY, Walk, remove_tree
 DEFAULT = "/var/lib/sdee/cache"
 #: So many objects of a cached generation are looked at before it is used again.
 SAMPLE = 500
+#: A disk or a quota that has no room.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 _NUMBER = re.compile(r"[1-9][0-9]{0,17}")
 _IDENTITY = re.compile(r"[0-9a-f]{16}")
 
@@ -325,6 +327,37 @@ def _ensure(place: str, source: str, number: int, limit: int) -> tuple[int, int,
                 f"{final} is damaged and in use; try again when those jobs are gone"
             )
         _remove_generation(place, number)
+    for name in os.listdir(place):
+        # Under the lock what is being made is ours, or was given up: a full disk, a killed daemon.
+        if name.startswith(".") and name != f".{number}":
+            remove_tree(os.path.join(place, name))
+    try:
+        return _bring(place, source, number, limit)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+    _make_room(place, number)
+    try:
+        return _bring(place, source, number, limit)
+    except OSError as error:
+        remove_tree(os.path.join(place, f".{number}"))
+        if error.errno not in FULL:
+            raise
+        raise DeployProblem(
+            f"{place}: {error.strerror}, though nothing is cached there that no job uses"
+        ) from None
+
+
+def _make_room(place: str, number: int) -> None:
+    """The disk is full: what of this environment nobody uses goes, and the try that filled it."""
+    remove_tree(os.path.join(place, f".{number}"))
+    for other in _numbers(place):
+        if not _users(os.path.join(place, str(other))):
+            _remove_generation(place, other)
+
+
+def _bring(place: str, source: str, number: int, limit: int) -> tuple[int, int, int, int]:
+    """(bytes read, base, linked, extracted); without the base if that is damaged."""
     others = (n for n in reversed(_numbers(place)) if n != number)
     bases = [n for n in others if _trusted(os.path.join(place, str(n)))][:1]
     try:

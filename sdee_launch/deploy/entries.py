@@ -232,7 +232,7 @@ def proper(entry: Entry) -> bool:
         and 0 <= uid < 1 << 32
         and 0 <= gid < 1 << 32
         and 0 <= size < 1 << 63
-        and -(1 << 63) < mtime < 1 << 63
+        and abs(mtime) < 10**9 << 63  # nanoseconds: years after 2262 need more than 63 bits
         and entry.generation >= 0
         and b"\0" not in target
         and (not xattrs or all(name.startswith(XATTRS) for name, _ in xattrs))

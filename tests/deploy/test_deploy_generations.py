@@ -503,11 +503,38 @@ def test_a_full_disk_is_told_and_nothing_is_half(lab: Lab) -> None:
 
         lab.inside(big)
         submitted = lab.submit()
-        with pytest.raises(DeployProblem, match="No space left"):
+        with pytest.raises(DeployProblem, match=f"{lab.cache}.*No space left"):
             lab.ensure(submitted)
         assert cache.listing(lab.account, lab.cache) == []
+        # Nor does the try that failed keep the next, smaller one out.
+        lab.inside(lambda: os.truncate(f"{lab.upper}/big", 600 << 10))
+        lab.ensure(lab.submit())
+        api.release(lab.account, lab.cache, "job-1")
+
+        # And what nobody uses makes room.
+        def other() -> None:
+            os.unlink(f"{lab.upper}/big")
+            with open(f"{lab.upper}/other", "wb") as file:
+                file.write(os.urandom(700 << 10))
+
+        lab.inside(other)
+        lab.ensure(lab.submit())
+        (kept,) = cache.listing(lab.account, lab.cache)
+        assert kept["generation"] == 3
     finally:
         subprocess.run(["umount", "-l", lab.cache], check=True)
+
+
+def test_a_generation_in_use_makes_no_room(lab: Lab) -> None:
+    lab.inside(lambda: fill(lab.upper))
+    made = lab.submit()
+    lab.ensure(made, "job-1")
+    place = f"{lab.cache}/{lab.account.uid}/{made.identity}"
+    lab.inside(lambda: cache._make_room(place, 2))
+    assert [one["generation"] for one in cache.listing(lab.account, lab.cache)] == [1]
+    api.release(lab.account, lab.cache, "job-1")
+    lab.inside(lambda: cache._make_room(place, 2))
+    assert cache.listing(lab.account, lab.cache) == []
 
 
 NAMES = st.sampled_from(["a", "b", "c/d", "c/e", "c/f/g"])

@@ -27,7 +27,7 @@ ENTRY = st.builds(
     st.integers(0, 0o7777),
     st.integers(0, 2**32 - 1),
     st.integers(0, 2**32 - 1),
-    st.integers(-(2**62), 2**62),
+    st.integers(-(2**70), 2**70),  # nanoseconds: the year 2262 has 2**63
     st.integers(0, 2**62),
     st.binary(max_size=20).map(lambda target: target.replace(b"\0", b"x")),
     st.lists(
