@@ -60,16 +60,20 @@ static int change_times(const struct fuse_setattr_in *in, int file, const struct
 /* One kind of change of an object of upper; several at once are Python's. */
 static int change(Shortcuts *self, const struct fuse_setattr_in *in, int file, const struct place *place)
 {
+	/* What may come beside GID and MTIME, of which the rest of the switch knows. */
+	const uint32_t more = FATTR_UID | FATTR_ATIME | FATTR_ATIME_NOW | FATTR_MTIME_NOW;
 	uint32_t uid = UINT32_MAX, gid = UINT32_MAX;
 
-	switch (in->valid & CHANGES & ~(FATTR_UID | FATTR_ATIME | FATTR_ATIME_NOW | FATTR_MTIME_NOW)) {
+	switch (in->valid & CHANGES & ~more) {
 	case FATTR_SIZE:
-		if (file < 0)
+		if (file < 0 || in->valid & more)
 			return LEAVE;
 		if (ftruncate(file, (off_t)in->size) < 0)
 			return errno == EINVAL ? LEAVE : errno; /* a descriptor for reading */
 		return 0;
 	case FATTR_MODE:
+		if (in->valid & more)
+			return LEAVE;
 		if (file >= 0)
 			return fchmod(file, in->mode & 07777) < 0 ? errno : 0;
 		if (!*place->name)
