@@ -147,6 +147,37 @@ def unpack_descriptors(ancillary: list[tuple[int, int, bytes]]) -> list[int]:
     return fds
 
 
+class _Early:
+    """The connection on which sdee-ask (ask.c) has asked for us, and what."""
+
+    sock: _socket.socket | None = None
+    request = b""
+
+
+def take_early() -> None:
+    """Take over the connection of sdee-ask, if it made one, for the first request that is the same."""
+    said = posix.environ.pop(b"SDEE_ASKED", b"")
+    if not said:
+        return
+    posix.unsetenv(b"SDEE_ASKED")
+    number, _, _Early.request = said.partition(b" ")
+    try:
+        if int(number) > 2:
+            posix.set_inheritable(int(number), False)
+            _Early.sock = _socket.socket(fileno=int(number))
+    except (ValueError, OverflowError, OSError):
+        pass  # a variable that anybody could have set
+
+
+def _asked_early(data: bytes) -> _socket.socket | None:
+    """The connection on which just this was sent already. Another one is closed: nobody waits."""
+    sock, _Early.sock = _Early.sock, None
+    if sock is not None and data[_LENGTH_BYTES:] != _Early.request:
+        sock.close()
+        return None
+    return sock
+
+
 def _read_exactly(sock: _socket.socket, count: int) -> bytes:
     data = bytearray()
     while len(data) < count:
@@ -170,20 +201,26 @@ def request(
     Raises Unavailable if there is no daemon, Refused with the daemon's reason if it said no.
     """
     address = path or variable("SDEED_SOCKET") or SOCKET_PATH
-    sock = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC)
+    try:
+        data = frame({"op": op, **fields}, MAX_REQUEST)
+    except ValueError as error:
+        raise Unavailable(f"{address}: {error}") from None
+    early = None if fds else _asked_early(data)
+    kind = _socket.SOCK_STREAM | _socket.SOCK_CLOEXEC
+    sock = early or _socket.socket(_socket.AF_UNIX, kind)
     got: list[int] = []
     try:
         sock.settimeout(REPLY_TIMEOUT)
         try:
-            sock.connect(address)
-            # Over its limit the daemon answers without reading: then the answer is still to be had.
-            try:
-                data = frame({"op": op, **fields}, MAX_REQUEST)
-                sent = sock.sendmsg([data], pack_descriptors(fds or []))
-                if sent < len(data):
-                    sock.sendall(data[sent:])
-            except (BrokenPipeError, ConnectionResetError):
-                pass
+            if early is None:
+                sock.connect(address)
+                # Over its limit the daemon answers without reading: the answer is still to be had.
+                try:
+                    sent = sock.sendmsg([data], pack_descriptors(fds or []))
+                    if sent < len(data):
+                        sock.sendall(data[sent:])
+                except (BrokenPipeError, ConnectionResetError):
+                    pass
             if meanwhile is not None:
                 meanwhile()
             head, ancillary, _, _ = sock.recvmsg(

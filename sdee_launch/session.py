@@ -93,6 +93,7 @@ def parse(arguments: "Sequence[str]") -> "Options":
 
 def main(arguments: "Sequence[str]") -> int:
     """`sdee run …`, `sdee shell …`; the exit status."""
+    protocol.take_early()
     word, *rest = arguments
     if "-h" in rest[:1] or "--help" in rest[:1]:
         from sdee_launch.cli import main as all_of_it

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 import sdee_launch
+from sdee_launch import protocol
 
 PROGRAMS = ("sdee", "sdee-login", "sdeefs")
 #: Each of these costs a file to load, if not milliseconds; the first half of a session needs none.
@@ -74,3 +79,158 @@ def test_a_session_asks_the_daemon_before_it_imports_anything_slow() -> None:
     assert "sdee_launch.protocol" in loaded, done
     assert not loaded & SLOW
     assert not {name for name in loaded if name.startswith("sdeefs")}
+
+
+@contextlib.contextmanager
+def _refusing_daemon(tmp_path: Path) -> Iterator[list[bytes]]:
+    """A daemon that says no; what it was asked, a connection each."""
+    asked: list[bytes] = []
+    path = str(tmp_path / "sdeed.sock")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(path)
+        listener.listen()
+
+        def serve() -> None:
+            while True:
+                try:
+                    connection, _ = listener.accept()
+                except OSError:
+                    return
+                with connection:
+                    asked.append(connection.recv(1 << 16))
+                    if asked[-1]:
+                        no = {"ok": False, "error": "not today", "kind": "denied"}
+                        connection.sendall(protocol.frame(dict(no), 1000))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield asked
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
+
+
+def _ask_program() -> Path:
+    return Path(sdee_launch.__path__[0]) / "sdee-ask"
+
+
+#: Arguments, and whether sdee-ask may ask for them before the interpreter runs.
+ASKED = (
+    (("run", "true"), True),
+    (("run", "--", "true"), True),
+    (("run", "-e", "one", "--engine=kernel", "true", "--env", "x"), True),
+    (("run", "--env=a b/c", "--bind", "/a:/b:ro", "--bind=/c=d", "true"), True),
+    (("shell",), True),
+    (("shell", "--engine", "fuse"), True),
+    (("run", "--env", "ö", "true"), False),
+    (("run", "--env", 'a"b', "true"), False),
+    (("run", "--env", "a\\b", "true"), False),
+    (("run", "--engine", "some", "true"), False),
+    (("run", "--unheard-of", "true"), False),
+    (("run", "--env"), False),
+    (("run",), False),
+    (("run", "--help"), False),
+    (("shell", "true"), False),
+    (("run", "--bind", "/" + "x" * 3000, "true"), False),
+)
+
+
+@pytest.mark.parametrize(("words", "early"), ASKED)
+def test_what_is_asked_early_is_what_the_session_would_ask(
+    words: tuple[str, ...], early: bool, tmp_path: Path
+) -> None:
+    environ = {
+        "SDEED_SOCKET": str(tmp_path / "sdeed.sock"), "HOME": str(tmp_path), "SDEE_MODE": "",
+        "SDEE_ENV": "", "SDEE_CONFIG": "/nonexistent",
+    }  # fmt: skip
+    show = tmp_path / "show"
+    show.write_text('#!/bin/sh\necho "$SDEE_ASKED"\n')
+    show.chmod(0o755)
+    with _refusing_daemon(tmp_path) as asked:
+        done = _run(_ask_program(), show, "-IS", "program", *words, **environ)
+        number, _, request = done.stdout.strip().partition(" ")
+        assert (number != "") == early, done
+        # Whoever asks, the session takes that answer, and asks nothing else.
+        before = len(asked)
+        done = _run(_program("sdee"), *words, **environ)
+        seen = asked[before:]
+        if early:
+            assert [data[4:].decode() for data in (asked[0], *seen)] == [request, request]
+        plain = _run(sys.executable, "-IS", _program("sdee"), *words, **environ)
+        assert (done.returncode, done.stderr) == (plain.returncode, plain.stderr)
+        assert asked[before + len(seen) :] == seen
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        {"SDEE_MODE": "rootless"},
+        {"SDEED_SOCKET": "/nonexistent/sdeed.sock"},
+        {"SDEE_CONFIG": "{home}/site.toml"},
+        {"HOME": "{home}/user"},
+    ],
+)
+def test_what_it_does_not_know_is_left_to_the_session(
+    environ: dict[str, str], tmp_path: Path
+) -> None:
+    (tmp_path / "site.toml").write_text("# a comment\n\n \t[environments]\n")
+    (tmp_path / "user/.config/sdee").mkdir(parents=True)
+    (tmp_path / "user/.config/sdee/sdee.toml").write_text("x")
+    show = tmp_path / "show"
+    show.write_text('#!/bin/sh\necho "$SDEE_ASKED"\n')
+    show.chmod(0o755)
+    usual = {
+        "SDEED_SOCKET": str(tmp_path / "sdeed.sock"), "HOME": str(tmp_path), "SDEE_MODE": "",
+        "SDEE_ENV": "", "SDEE_CONFIG": "/nonexistent", "SDEE_ASKED": "3 x",
+    }  # fmt: skip
+    more = {name: value.format(home=tmp_path) for name, value in environ.items()}
+    with _refusing_daemon(tmp_path):
+        words = (_ask_program(), show, "-IS", "program", "run", "true")
+        assert _run(*words, **usual).stdout.endswith(
+            ' {"op":"join","env":"default","engine":"auto","binds":[]}\n'
+        )
+        assert _run(*words, **{**usual, **more}).stdout == "\n"
+        assert _run(*words[:-1], "--rootless", "true", **usual).stdout == "\n"
+        if "SDEE_CONFIG" in environ:  # but it isn't asked which environment is meant
+            assert "one" in _run(*words, **{**usual, **more, "SDEE_ENV": "one"}).stdout
+
+
+@pytest.mark.parametrize("value", ["", "x", "3", "1 {}", "0 x", "-1 x", "77 x", "99999999999999 x"])
+def test_a_variable_that_means_nothing_changes_nothing(value: str, tmp_path: Path) -> None:
+    environ = {
+        "SDEED_SOCKET": str(tmp_path / "sdeed.sock"),
+        "HOME": str(tmp_path),
+        "SDEE_ASKED": value,
+    }
+    with _refusing_daemon(tmp_path) as asked:
+        done = _run(
+            sys.executable, "-IS", _program("sdee"), "run", "--env", "one", "true", **environ
+        )
+        assert (done.returncode, done.stderr) == (1, "sdee: not today\n")
+        assert len(asked) == 1
+    code = (
+        "import sys; sys.path.append(sys.argv[1]); from sdee_launch import protocol\n"
+        "protocol.take_early(); import os; print('SDEE_ASKED' in os.environ)\n"
+        "print('SDEE_ASKED' in open('/proc/self/environ').read(), os.system('echo $SDEE_ASKED'))"
+    )
+    packages = str(Path(sdee_launch.__path__[0]).parent)
+    done = _run(sys.executable, "-IS", "-c", code, packages, **environ)
+    assert done.stdout.split() == ["False", "True", "0"], done
+
+
+def test_an_early_request_for_something_else_is_given_up(tmp_path: Path) -> None:
+    code = (
+        "import os, socket, sys\n"
+        "one = socket.socket(socket.AF_UNIX); one.connect(os.environ['SDEED_SOCKET'])\n"
+        "one.set_inheritable(True)\n"
+        "os.environ['SDEE_ASKED'] = f'{one.fileno()} what'\n"
+        "os.execv(sys.executable, [sys.executable, '-IS', *sys.argv[1:]])"
+    )
+    environ = {"SDEED_SOCKET": str(tmp_path / "sdeed.sock"), "HOME": str(tmp_path)}
+    with _refusing_daemon(tmp_path) as asked:
+        done = _run(
+            sys.executable, "-c", code, _program("sdee"), "run", "--env", "one", "true", **environ
+        )
+        assert (done.returncode, done.stderr) == (1, "sdee: not today\n")
+        assert len(asked) == 2 and asked[0] == b"" and b'"one"' in asked[1]
