@@ -19,6 +19,7 @@ import select
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -28,6 +29,8 @@ from sdee_launch.init import set_title
 
 #: Seconds that what was prepared for the next request is kept.
 _WARM = 60.0
+#: Seconds after an answer in which the processors are left to who got it: nothing is prepared yet.
+_QUIET = 0.015
 #: The most bytes of a request to a keeper or of its answer.
 MAX_MESSAGE = 8 * 1024 * 1024
 
@@ -126,12 +129,19 @@ def _keeper(sock: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, lambda *_: None)  # the wake-up tells
     signal.set_wakeup_fd(woken, warn_on_full_buffer=False)
     send(sock, {"pid": os.getpid()}, [])
-    warm = False
+    settle_at: float | None = None
+    cool_at: float | None = None
     while True:
+        due = settle_at or cool_at
+        wait = None if due is None else max(0.0, due - time.monotonic())
         # Inits of instances are children of this process: none may stay as a zombie.
-        ready, _, _ = select.select([sock.fileno(), wake], [], [], _WARM if warm else None)
-        if not ready:
-            warm = _cool()
+        ready, _, _ = select.select([sock.fileno(), wake], [], [], wait)
+        if not ready and settle_at is not None:
+            _settle()
+            settle_at, cool_at = None, time.monotonic() + _WARM
+        elif not ready:
+            _cool()
+            cool_at = None
         if wake in ready:
             os.read(wake, 4096)
             _reap()
@@ -146,9 +156,12 @@ def _keeper(sock: socket.socket) -> None:
         message, fds = got
         with socket.socket(fileno=fds[0]) as answer_to:
             if message["do"] == "make":
+                if settle_at is not None:
+                    _settle()
                 _answer(answer_to, make, message, fds[1:])
                 answer_to.close()
-                warm = _settle()
+                _release()
+                settle_at = time.monotonic() + _QUIET
             elif not os.fork():
                 try:
                     sock.close()
@@ -162,23 +175,28 @@ def _keeper(sock: socket.socket) -> None:
             os.close(fd)
 
 
-def _settle() -> bool:
-    """After an answer: what can wait until then, and what the next one can start from."""
+def _release() -> None:
+    """After an answer: nothing of the instance stays here."""
+    from sdee_launch import site
+
+    site.release()
+
+
+def _settle() -> None:
+    """A while after an answer: what the next one can start from."""
     from sdee_launch import site
 
     try:
         site.settle()
     except (OSError, site.InstanceProblem) as error:
         print(f"sdeed: nothing is prepared: {error}", file=sys.stderr)
-    return True
 
 
-def _cool() -> bool:
+def _cool() -> None:
     """Nobody asked for a while: nothing of the user's stays but this process."""
     from sdee_launch import site
 
     site.discard_spares()
-    return False
 
 
 def _reap() -> None:

@@ -35,6 +35,7 @@ __all__ = [
     "make_instance",
     "open_environment",
     "prepare_store",
+    "release",
     "settle",
 ]
 
@@ -112,7 +113,7 @@ def make_instance(
 
     `masks`: the mask tree (masks.py) for each engine. `job`: layers in place of the environment's
     own, `environment` is None then. `lasting`: it lives until it is killed, with members or not.
-    The caller calls `settle` when it has told of the instance.
+    The caller calls `release` when it has told of the instance, and `settle` when there is time.
     Raises Denied where only the user can make it, EngineProblem, EnvironmentProblem,
     InstanceProblem, plan.PlanProblem, OSError.
     """
@@ -209,14 +210,15 @@ class _Next:
 _next = _Next()
 
 
-def settle() -> None:
-    """Close what the last instance was made of, and have an init and a server ready for another.
-
-    Raises OSError, InstanceProblem.
-    """
+def release() -> None:
+    """Close what the last instance was made of: it has it now."""
     if _next.closing is not None:
         _next.closing.close()
         _next.closing = None
+
+
+def settle() -> None:
+    """Have an init and a server ready for another instance. Raises OSError, InstanceProblem."""
     if _next.kind is not None and _next.spare is None:
         _next.spare = (_next.kind, _make_spare(_next.kind))
     if _next.engine == engines.FUSE and _next.server is None:
