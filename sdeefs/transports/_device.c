@@ -102,6 +102,8 @@ static PyObject *Device_run(Device *self, PyObject *Py_UNUSED(ignored))
 			Py_UNBLOCK_THREADS
 		} else if (length < 0 && errno != EINTR && errno != ENOENT && errno != EAGAIN) {
 			number = errno; /* ENOENT: a request was interrupted while it was handed over */
+		} else if (!length) {
+			number = ENODEV; /* the connection was wound up, and /dev/null has its place */
 		}
 	}
 	Py_END_ALLOW_THREADS

@@ -8,6 +8,10 @@
 #include <errno.h>
 #include <stdint.h>
 
+#ifdef Py_GIL_DISABLED
+#error "what is shared here is guarded by the interpreter's lock: free-threaded builds serve in Python"
+#endif
+
 #define OPCODES 64
 
 /* From linux/fuse.h. */
