@@ -36,7 +36,7 @@ class Mount(NamedTuple):
     propagation: str
     fstype: str
     source: bytes
-    super_options: str
+    super_options: tuple[str, ...]
 
 
 def _plain(field: bytes) -> bytes:
@@ -59,7 +59,8 @@ def parse_line(line: bytes) -> Mount:
         os.fsdecode(b" ".join(fields[6:])),
         os.fsdecode(fstype),
         _plain(source),
-        os.fsdecode(_plain(super_options)),
+        # A comma of a value is escaped, so that those that separate are bare.
+        tuple(os.fsdecode(_plain(option)) for option in super_options.split(b",")),
     )
 
 

@@ -35,6 +35,27 @@ def own_user_namespace() -> None:
     syscalls.mount(None, "/", None, syscalls.MS_REC | syscalls.MS_PRIVATE)
 
 
+def _leave_streams() -> None:
+    """A trial that outlives us must not keep a pipe of our caller's open."""
+    null = os.open("/dev/null", os.O_RDWR)
+    for fd in (0, 1, 2):
+        os.dup2(null, fd)
+    if null > 2:
+        os.close(null)
+
+
+def _reap(pid: int) -> None:
+    """Wait for a child that has answered or was killed.
+
+    One that waits for a filesystem whose server has stopped can't even be killed: it is left alone.
+    """
+    deadline = time.monotonic() + 2
+    while time.monotonic() < deadline:
+        if os.waitpid(pid, os.WNOHANG)[0]:
+            return
+        time.sleep(0.001)
+
+
 def in_child(trial: Callable[[], str], seconds: float = 10) -> tuple[bool, str]:
     """Run `trial` in a child. Returns (worked, what it returned or why it failed)."""
     ours, theirs = os.pipe2(os.O_CLOEXEC)
@@ -42,6 +63,7 @@ def in_child(trial: Callable[[], str], seconds: float = 10) -> tuple[bool, str]:
     if not pid:
         try:
             os.close(ours)
+            _leave_streams()
             try:
                 answer = "1" + trial()
             except TrialFailed as error:
@@ -67,7 +89,7 @@ def in_child(trial: Callable[[], str], seconds: float = 10) -> tuple[bool, str]:
             text += part
     finally:
         os.close(ours)
-        os.waitpid(pid, 0)
+        _reap(pid)
     if not text:
         return False, "the trial ended without a word"
     return text[:1] == b"1", text[1:].decode("utf-8", "replace")

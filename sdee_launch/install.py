@@ -16,7 +16,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-PROGRAMS = ("sdee", "sdeed", "sdee-login", "sdeefs", "mount.fuse.sdeefs")
+PROGRAMS = ("sdee", "sdeed", "sdee-login", "sdeefs", "sdeefs-overlayfs", "mount.fuse.sdeefs")
 LINKS = "usr/local/bin"
 UNITS = "etc/systemd/system"
 SHELLS = "etc/shells"

@@ -11,9 +11,10 @@ import os
 from pathlib import Path
 
 from mount_helpers import syscalls
+from mount_helpers.mountinfo import Mount, mount_at
 from sdeefs import privileges
 from sdeefs.options import Options
-from sdeefs.refusals import absolute, unused
+from sdeefs.refusals import OUR_TYPE, Refused, absolute, is_ours, text, unused
 
 #: Settings that only change how sdeefs works, not what merged shows.
 _MEANS_NOTHING = {"lower_timeout", "upper_timeout", "max_directories", "override_stat"}
@@ -54,8 +55,10 @@ def mount(options: Options, merged: bytes) -> None:
             syscalls.fsconfig_string(fs, "source", options.source)
             _layers(fs, options)
             if options.upper is not None and options.work is not None:
-                syscalls.fsconfig_string(fs, "upperdir", os.path.realpath(options.upper))
-                syscalls.fsconfig_string(fs, "workdir", os.path.realpath(options.work))
+                for name, path in (("upperdir", options.upper), ("workdir", options.work)):
+                    # overlayfs takes its escapes back here, but not in `lowerdir+`.
+                    escaped = os.path.realpath(path).replace(b"\\", b"\\\\")
+                    syscalls.fsconfig_string(fs, name, escaped)
             if _userxattr(options):
                 syscalls.fsconfig_flag(fs, "userxattr")
             for word in _words(options):
@@ -108,7 +111,18 @@ def _words(options: Options) -> list[str]:
 
 
 def remount(options: Options, merged: bytes) -> None:
-    """`mount -o remount,ro` and back, of either engine."""
+    """`mount -o remount,ro` and back, of either engine. Raises Refused or OSError."""
+    point = absolute(merged)
+    mount = mount_at(point)
+    if mount is None:
+        raise Refused(f"{text(point)}: nothing is mounted there to remount")
+    if not is_ours(mount):
+        raise Refused(f"{text(point)}: a {mount.fstype} mount, not one of sdeefs")
+    if mount.fstype == OUR_TYPE and not options.read_only and _writes_nothing(mount):
+        raise Refused(
+            f"{text(point)}: was mounted read-only, and its server can't write (unmount it, then"
+            " mount it with upper and without ro)"
+        )
     flags = syscalls.MS_REMOUNT
     for bit, flag in (
         (syscalls.MOUNT_ATTR_NOSUID, syscalls.MS_NOSUID),
@@ -122,4 +136,11 @@ def remount(options: Options, merged: bytes) -> None:
             flags |= flag
     if options.read_only:
         flags |= syscalls.MS_RDONLY
-    syscalls.mount(None, absolute(merged), None, flags, None)
+    syscalls.mount(None, point, None, flags, None)
+
+
+def _writes_nothing(mount: Mount) -> bool:
+    """Whether a mount's server has no workdir, as its record says, and so only reads."""
+    from sdeefs.control import records
+
+    return any(r.get("minor") == mount.device[1] and r.get("work") is None for r in records())

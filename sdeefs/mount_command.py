@@ -89,10 +89,14 @@ def _mount(arguments: argparse.Namespace, server: Background | None) -> int:
                     raise
                 reason = error.strerror or str(error)
         if arguments.engine == "kernel":
-            raise Refused(f"kernel overlayfs can't serve this: {reason}")
+            raise Refused(f"kernel overlayfs can't serve this: {reason} (--engine fuse can)")
         say(f"engine fuse: kernel overlayfs can't serve this: {reason}")
+    from dataclasses import replace
+
     from sdeefs.background import Background, foreground
 
+    if options.read_only:
+        options = replace(options, work=None)  # nothing is written there
     level = arguments.log_level or "warning"
     log_file = None if arguments.log_file is None else os.path.abspath(arguments.log_file)
     if arguments.foreground:

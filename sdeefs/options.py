@@ -15,6 +15,8 @@ from mount_helpers import syscalls
 from mount_helpers.namespaces import IdRange
 from sdeefs.core.settings import IdMap, RedirectDir, Settings, WhiteoutForm
 
+#: (uid_t) -1: "leave it" to chown(2), and no id of anybody.
+_NO_ID = 2**32 - 1
 TRANSPORTS = ("auto", "ring", "device", "pyfuse3")
 
 
@@ -125,7 +127,7 @@ def id_map(name: str, text: str) -> IdMap:
         for (first, count), (second, _) in pairwise(ordered):
             if first + count > second:
                 raise UsageError(f"{name}: ranges overlap in {text!r}")
-        if ordered[-1][0] + ordered[-1][1] > 2**32:
+        if ordered[-1][0] + ordered[-1][1] > _NO_ID:
             raise UsageError(f"{name}: ids end at 2^32 - 2, in {text!r}")
     return ranges
 
@@ -152,6 +154,15 @@ def _truth(name: str, value: str | None) -> bool:
         return _TRUTH[value]
     except KeyError:
         raise UsageError(f"{name}: on or off is expected, not {value!r}") from None
+
+
+def _truth_or_auto(name: str, value: str | None) -> bool | None:
+    """True, False, or None for auto."""
+    if value is None or value in _TRUTH:
+        return _truth(name, value)
+    if value == "auto":
+        return None
+    raise UsageError(f"{name}: on, off or auto is expected, not {value!r}")
 
 
 def _seconds(name: str, value: str | None) -> float:
@@ -181,7 +192,8 @@ def _only(*allowed: str, why: str) -> _Change:
 
     def change(options: Options, name: str, value: str | None) -> Options:
         if value not in allowed:
-            raise UsageError(f"{name}={value}: {why}; give {name}={allowed[0]} or leave it out")
+            given = name if value is None else f"{name}={value}"
+            raise UsageError(f"{given}: {why}; give {name}={allowed[0]} or leave it out")
         return replace(options, kernel_words=(*options.kernel_words, f"{name}={value}"))
 
     return change
@@ -199,7 +211,7 @@ def _switch(field_name: str) -> _Change:
     """on, off, or auto."""
 
     def change(options: Options, name: str, value: str | None) -> Options:
-        switch = None if value == "auto" else _truth(name, value)
+        switch = _truth_or_auto(name, value)
         return replace(options, **{field_name: switch})  # type: ignore[arg-type]
 
     return change
@@ -250,13 +262,13 @@ def _truth_setting(setting: str, *, kernel: bool, invert: bool = False) -> _Chan
 
 
 def _xino(options: Options, name: str, value: str | None) -> Options:
-    truth = True if value == "auto" else _truth(name, value)
-    return _setting(options, "xino", truth, f"xino={value or 'on'}")
+    truth = _truth_or_auto(name, value)
+    return _setting(options, "xino", truth is not False, f"xino={value or 'on'}")
 
 
 def _redirect_dir(options: Options, name: str, value: str | None) -> Options:
     try:
-        form = RedirectDir(value)
+        form = RedirectDir(_value(name, value))
     except ValueError:
         known = ", ".join(f.value for f in RedirectDir)
         raise UsageError(f"{name}: one of {known} is expected, not {value!r}") from None
@@ -265,7 +277,7 @@ def _redirect_dir(options: Options, name: str, value: str | None) -> Options:
 
 def _whiteouts(options: Options, name: str, value: str | None) -> Options:
     try:
-        form = WhiteoutForm(value)
+        form = WhiteoutForm(_value(name, value))
     except ValueError:
         known = ", ".join(f.value for f in WhiteoutForm)
         raise UsageError(f"{name}: one of {known} is expected, not {value!r}") from None
@@ -308,7 +320,7 @@ def _threads(options: Options, name: str, value: str | None) -> Options:
 
 
 def _override_stat(options: Options, name: str, value: str | None) -> Options:
-    return _setting(options, name, None if value == "auto" else _truth(name, value))
+    return _setting(options, name, _truth_or_auto(name, value))
 
 
 def _secrets(options: Options, name: str, value: str | None) -> Options:
@@ -316,7 +328,9 @@ def _secrets(options: Options, name: str, value: str | None) -> Options:
     try:
         ids = tuple(int(n) for n in _value(name, value).split(":"))
     except ValueError:
-        raise UsageError(f"{name}: UID:GID:GID… is expected, not {value!r}") from None
+        ids = (-1,)
+    if not all(0 <= n < _NO_ID for n in ids):
+        raise UsageError(f"{name}: UID:GID:GID… is expected, not {value!r}")
     return _setting(options, name, ids)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import stat
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from contextlib import contextmanager
 from mount_helpers.mountinfo import Mount, mount_at, read_mounts
 from mount_helpers.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, umount2
 from sdeefs import OUR_TYPE as OUR_TYPE
-from sdeefs.options import Options, UsageError
+from sdeefs.options import Options, UsageError, split_lowers
 
 
 class Refused(Exception):
@@ -126,15 +127,33 @@ def _check_work(upper: bytes, found: os.stat_result, work: bytes) -> None:
         raise Refused(f"upper {text(upper)} lies in workdir {text(work)}: give one beside it")
 
 
+def is_ours(mount: Mount) -> bool:
+    """Whether `sdeefs mount` made it, with either engine."""
+    return mount.fstype == OUR_TYPE or (mount.fstype == "overlay" and mount.source == b"sdeefs")
+
+
 # --- an upper in use ---------------------------------------------------------------------------
 
 
-def _option(mount: Mount, name: str) -> str | None:
-    for word in mount.super_options.replace("\\,", "\0").split(","):
+def layer_option(mount: Mount, name: str) -> str | None:
+    """The directory that overlayfs shows for `upperdir` or `workdir`, without its own escapes."""
+    for word in mount.super_options:
         key, _, value = word.partition("=")
         if key == name:
-            return value.replace("\0", ",").replace("\\:", ":").replace("\\\\", "\\")
+            return re.sub(r"\\(.)", r"\1", value, flags=re.DOTALL)
     return None
+
+
+def lower_options(mount: Mount) -> list[str]:
+    """The lower directories that overlayfs shows, topmost first."""
+    found: list[str] = []
+    for word in mount.super_options:
+        key, _, value = word.partition("=")
+        if key == "lowerdir+":  # one of them, as it is
+            found.append(value)
+        elif key == "lowerdir":
+            found += [os.fsdecode(path) for path in split_lowers(value)]
+    return found
 
 
 def kernel_user(upper: bytes, work: bytes | None = None) -> Mount | None:
@@ -144,7 +163,7 @@ def kernel_user(upper: bytes, work: bytes | None = None) -> Mount | None:
         if mount.fstype != "overlay":
             continue
         for name, path in wanted:
-            value = _option(mount, name)
+            value = layer_option(mount, name)
             if value is not None and os.path.normpath(os.fsencode(value)) == path:
                 return mount
     return None

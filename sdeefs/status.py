@@ -61,14 +61,13 @@ def collect() -> list[dict[str, Any]]:
         )  # fmt: skip
     for mount in mounts:
         if mount.fstype == "overlay" and mount.source == b"sdeefs":
-            from sdeefs.refusals import _option
+            from sdeefs.refusals import layer_option, lower_options
 
             merged = os.fsdecode(mount.point)
-            lowers = _option(mount, "lowerdir") or _option(mount, "lowerdir+")
             found.append(
                 {"engine": "kernel", "merged": merged, "mounted_at": [merged], "state": "live",
-                 "pid": None, "upper": _option(mount, "upperdir"),
-                 "work": _option(mount, "workdir"), "lowers": [lowers]}
+                 "pid": None, "upper": layer_option(mount, "upperdir"),
+                 "work": layer_option(mount, "workdir"), "lowers": lower_options(mount)}
             )  # fmt: skip
     return found
 
@@ -91,9 +90,9 @@ def run(arguments: argparse.Namespace) -> int:
         wanted = os.fsdecode(absolute(os.fsencode(arguments.merged)))
         found = [e for e in found if wanted == e["merged"] or wanted in e["mounted_at"]]
         if not found:
-            from sdeefs.refusals import Refused
+            from sdeefs.refusals import Refused, text
 
-            raise Refused(f"{wanted}: no sdeefs mount")
+            raise Refused(f"{text(os.fsencode(wanted))}: no sdeefs mount")
     if arguments.json:
         print(json.dumps(found, indent=1))
         return OK

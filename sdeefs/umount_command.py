@@ -13,7 +13,7 @@ from typing import Any
 
 from mount_helpers.mountinfo import Mount, mount_at
 from mount_helpers.syscalls import MNT_DETACH, MNT_FORCE, UMOUNT_NOFOLLOW, umount2
-from sdeefs.refusals import OUR_TYPE, Refused, absolute, text
+from sdeefs.refusals import OUR_TYPE, Refused, absolute, is_ours, text
 
 OK, FAILURE = 0, 1
 
@@ -62,7 +62,7 @@ def unmount(merged: bytes, *, lazy: bool = False, force: bool = False, wait: flo
         return
     if mount is None:
         raise Refused(f"{text(point)}: nothing is mounted there")
-    if not _ours(mount):
+    if not is_ours(mount):
         raise Refused(
             f"{text(point)}: a {mount.fstype} mount, not one of sdeefs (umount takes it away)"
         )
@@ -84,10 +84,6 @@ def unmount(merged: bytes, *, lazy: bool = False, force: bool = False, wait: flo
         _end(server)
     elif server is not None:
         _wait(server, 0 if lazy else wait, point)
-
-
-def _ours(mount: Mount) -> bool:
-    return mount.fstype == OUR_TYPE or (mount.fstype == "overlay" and mount.source == b"sdeefs")
 
 
 def _server(mount: Mount) -> int | None:

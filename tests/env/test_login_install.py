@@ -46,6 +46,7 @@ def test_twice_is_once_and_back_is_as_before(
     once = _tree(root)
     assert LOGIN_SHELL in once["etc/shells"].splitlines()
     assert "ForceCommand /usr/local/bin/sdee-login" in once["etc/ssh/sshd_config.d/50-sdee.conf"]
+    assert "usr/local/bin/sdeefs-overlayfs" in once  # docs/sdeefs.md, for podman's storage.conf
     assert "ExecStart=/usr/local/bin/sdeed" in once["etc/systemd/system/sdeed.service"]
     assert once["etc/modprobe.d/sdee.conf"] == "options fuse enable_uring=1\n"
     assert install_main(arguments) == 0

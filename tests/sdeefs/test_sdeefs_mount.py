@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from mount_helpers.trials import in_child
 from tests.sdeefs.conftest import Lab, alive, mounted, wait_until
 
 TRANSPORTS = ("device", "pyfuse3", "ring")
@@ -127,6 +129,39 @@ def test_an_upper_in_use_is_refused_and_free_after_umount(lab: Lab, tmp_path: Pa
     lab.umount()
 
 
+@pytest.mark.parametrize("name", ["a,b", "a\\b", "a:b", "a\nb"])
+def test_an_upper_of_any_name_in_use_by_the_kernel_is_refused(
+    lab: Lab, tmp_path: Path, name: str
+) -> None:
+    upper, other = lab.place / name, tmp_path / "other"
+    upper.mkdir()
+    other.mkdir()
+    lab.sdeefs("mount", "--engine", "kernel", upper, lab.lower, lab.merged)
+    assert lab.status()["upper"] == str(upper)
+    assert "in use" in lab.sdeefs("mount", upper, lab.lower, other, status=1).stderr
+    lab.sdeefs("umount", lab.merged)
+
+
+def test_every_lower_of_the_kernel_is_listed(lab: Lab, tmp_path: Path) -> None:
+    above = tmp_path / "a:b"
+    above.mkdir()
+    layers = f"lowerdir+={above},lowerdir+={lab.lower}"
+    lab.sdeefs("mount", "--engine", "kernel", "-o", layers, lab.merged)
+    assert lab.status()["lowers"] == [str(above), str(lab.lower)]
+    lab.sdeefs("umount", lab.merged)
+
+
+def test_what_cannot_be_remounted(lab: Lab) -> None:
+    said = lab.sdeefs("mount", "-o", "remount,ro", lab.merged, status=1).stderr
+    assert "nothing is mounted there" in said
+    assert "a proc mount" in lab.sdeefs("mount", "-o", "remount,rw", "/proc", status=1).stderr
+    lab.sdeefs("mount", "-o", "ro", lab.upper, lab.lower, lab.merged)
+    assert lab.status()["work"] is None
+    assert "read-only" in lab.sdeefs("mount", "-o", "remount,rw", lab.merged, status=1).stderr
+    lab.sdeefs("mount", "-o", "remount,ro,noexec", lab.merged)
+    lab.umount()
+
+
 def test_errors_before_the_mount_reach_the_caller(lab: Lab) -> None:
     os.symlink("nowhere", lab.place / "dangling")
     refused = lab.sdeefs("mount", lab.upper, lab.place / "dangling", lab.merged, status=1)
@@ -201,6 +236,23 @@ def test_a_stuck_server_is_told_of_and_aborted(lab: Lab) -> None:
     finally:
         if alive(pid):
             os.kill(pid, signal.SIGKILL)
+
+
+def test_a_trial_on_a_stuck_server_is_given_up(lab: Lab) -> None:
+    """A request that the server has taken can't be interrupted, not even by SIGKILL."""
+    lab.mount()
+    pid = lab.pid()
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        start = time.monotonic()
+        works, why = in_child(lambda: str(os.statvfs(lab.merged)), seconds=0.2)
+        assert not works and "no answer" in why
+        assert time.monotonic() - start < 10
+    finally:
+        os.kill(pid, signal.SIGCONT)
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(-1, 0)  # the trial's process, if it was left alone
+    lab.umount()
 
 
 def test_sighup_opens_the_log_anew(lab: Lab) -> None:

@@ -80,12 +80,14 @@ def test_an_unknown_option_is_named() -> None:
         "xino=2", "upperdir=", "upperdir", "ro=1", "whiteouts=none", "lower_timeout=-1",
         "lower_timeout=soon", "threads=0", "transport=smoke", "secrets=root",
         "uidmap=0:1", "uidmap=0:0:0", "uidmap=a:b:c", "uidmap=0:0:10:5:100:10", "gidmap=0:-1:1",
-        "uidmap=0:4294967290:100",
+        "uidmap=0:4294967290:100", "uidmap=0:4294967295:1", "secrets=-5", "secrets=4294967295",
+        "metacopy", "uuid", "redirect_dir", "whiteouts", "passthrough=maybe", "override_stat=x",
     ],
 )  # fmt: skip
 def test_values_that_are_refused_by_name(text: str) -> None:
-    with pytest.raises(UsageError, match=text.partition("=")[0]):
+    with pytest.raises(UsageError, match=text.partition("=")[0]) as caught:
         parse([text])
+    assert "None" not in str(caught.value)
 
 
 def test_id_maps_of_both_layers_and_of_one() -> None:

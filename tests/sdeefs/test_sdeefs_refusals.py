@@ -14,12 +14,13 @@ from mount_helpers.trials import in_child, private_mounts
 from sdeefs.options import Options, UsageError
 from sdeefs.refusals import (
     Refused,
-    _option,
     check_layers,
     check_merged,
     default_work,
     kernel_user,
+    layer_option,
     lock_layers,
+    lower_options,
     with_work,
 )
 
@@ -169,11 +170,17 @@ def test_an_upper_of_kernel_overlayfs_is_refused(layers: Options, tmp_path: Path
 
 
 def test_escaped_super_options() -> None:
-    line = rb"1 2 0:3 / /m rw - overlay sdeefs rw,lowerdir=/a\134:b:/c,upperdir=/u\134,x,index=off"
+    line = (
+        rb"1 2 0:3 / /m rw - overlay sdeefs rw,lowerdir=/a\134:b:/c,upperdir=/u\134\054x,index=off"
+    )
     mount = parse_line(line)
-    assert _option(mount, "upperdir") == "/u,x"
-    assert _option(mount, "lowerdir") == "/a:b:/c"
-    assert _option(mount, "workdir") is None
+    assert layer_option(mount, "upperdir") == "/u,x"
+    assert lower_options(mount) == ["/a:b", "/c"]
+    assert layer_option(mount, "workdir") is None
+    line = rb"1 2 0:3 / /m rw - overlay sdeefs rw,lowerdir+=/a:\134b,lowerdir+=/c,upperdir=/u\054x"
+    mount = parse_line(line)
+    assert layer_option(mount, "upperdir") == "/u,x"
+    assert lower_options(mount) == ["/a:\\b", "/c"]
 
 
 def test_mount_points(tmp_path: Path) -> None:
