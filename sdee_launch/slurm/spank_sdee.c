@@ -46,11 +46,17 @@ SPANK_PLUGIN(sdee, 1)
 
 #define JOBS "/run/sdee/jobs"
 #define SOCKET "/run/sdee/sdeed.sock"
+#define TOLD "SLURM_SPANK_SDEE_" /* of variables that come with the job, with --export=NONE, too */
+#define DIRECTORY TOLD "DIRECTORY"
 #define TEXT 4096
 #define REPLY (256 * 1024)
 
 /* Descriptors that come with the daemon's answer, in this order. */
 enum { FD_USER, FD_MOUNT, FD_PID, FD_ROOT, FD_SECCOMP, FD_COUNT };
+
+/* What the submit side tells Prolog; the job's processes see it, too. */
+static const char *const names[] = {"REF", "IDENTITY", "SOURCE", "TRANSPORT", "ENGINE", "KEEP"};
+#define NAMES (sizeof names / sizeof *names)
 
 static char *wanted;         /* --sdee */
 static char *exclude;        /* --sdee-exclude */
@@ -63,6 +69,7 @@ static int own_pid_ns = -1;  /* where task_post_fork goes back to */
 static uint64_t bounding;    /* capabilities that a task may keep */
 static int no_new_privs;
 static char failure[TEXT];   /* why this step can't start */
+static char work_dir[PATH_MAX]; /* where the job's batch script starts */
 static const char *python = "python3";
 static const char *place = SOCKET;
 
@@ -192,21 +199,39 @@ static int exists_in_home(const char *name)
 	       !access(path, F_OK);
 }
 
+/* A job that is submitted from another one doesn't inherit that one's environment. */
+static void forget(void)
+{
+	char name[64];
+
+	unsetenv("SDEE_JOB_REF");
+	unsetenv(DIRECTORY);
+	for (size_t i = 0; i < NAMES; i++) {
+		snprintf(name, sizeof name, TOLD "%s", names[i]);
+		unsetenv(name);
+	}
+}
+
 /* Which environment the job gets: the helper prints NAME=VALUE lines for the nodes' Prolog. */
 static int choose(spank_t sp)
 {
-	char out[TEXT], *line, *rest, *equals;
+	char out[TEXT], here[PATH_MAX], *line, *rest, *equals;
 
 	if (wanted && !strcmp(wanted, "no")) {
-		unsetenv("SDEE_JOB_REF");
+		forget();
 		return 0;
 	}
 	if (spank_context() == S_CTX_LOCAL && getenv("SLURM_JOB_ID")) {
-		submitted = getenv("SDEE_JOB_REF") != NULL; /* a step: its job has chosen */
+		/* A step: its job has chosen. */
+		submitted = getenv("SDEE_JOB_REF") || getenv(TOLD "REF");
+		if (submitted && getcwd(here, sizeof here))
+			setenv(DIRECTORY, here, 1); /* of all components of a heterogeneous job */
 		return 0;
 	}
 	allocating = spank_context() == S_CTX_LOCAL;
-	unsetenv("SDEE_JOB_REF");
+	forget();
+	if (allocating && getcwd(here, sizeof here))
+		setenv(DIRECTORY, here, 1);
 	if (!wanted && access("/run/sdee/inside", F_OK) && !exists_in_home(".config/sdee/sdee.toml"))
 		return 0;
 	if (ask_helper(out, sizeof out)) {
@@ -235,6 +260,48 @@ static int choose(spank_t sp)
 }
 
 /*
+ * --chdir of srun for task_init: slurmstepd can't find a directory that only the environment has,
+ * and doesn't tell plugins which it was to be.
+ */
+static void name_directory(spank_t sp)
+{
+	static char line[256 * 1024];
+	char here[PATH_MAX], path[2 * PATH_MAX], **command;
+	const char *chdir = getenv("SLURM_WORKING_DIR"), *end, *word, *next;
+	int count = 0, fd;
+	ssize_t size = -1;
+
+	if (spank_get_item(sp, S_JOB_ARGV, &count, &command) != ESPANK_SUCCESS)
+		return;
+	if ((fd = open("/proc/self/cmdline", O_RDONLY | O_CLOEXEC)) >= 0) {
+		size = read(fd, line, sizeof line - 1);
+		close(fd);
+	}
+	end = line + (size < 0 ? 0 : size);
+	/* The last words are the program's own: `srun java -Dname=value` */
+	for (; count > 0 && end > line; count--)
+		do
+			end--;
+		while (end > line && end[-1]);
+	for (word = line; word < end; word = next) {
+		next = word + strlen(word) + 1;
+		if (!strncmp(word, "--chdir=", 8))
+			chdir = word + 8;
+		else if (!strncmp(word, "-D", 2) && word[2])
+			chdir = word + 2;
+		else if ((!strcmp(word, "--chdir") || !strcmp(word, "-D")) && next < end)
+			chdir = next;
+	}
+	if (!chdir || !*chdir || !getcwd(here, sizeof here))
+		return;
+	if (*chdir == '/')
+		snprintf(path, sizeof path, "%s", chdir);
+	else
+		snprintf(path, sizeof path, "%s/%s", here, chdir);
+	setenv(DIRECTORY, path, 1);
+}
+
+/*
  * Did a Prolog on any node of the job fail? All have ended when srun has its nodes, and when a
  * batch step starts (PrologFlags=DeferBatch); hook.py leaves a note with the controller.
  */
@@ -249,6 +316,8 @@ static int noted(uint32_t job, char *reason, size_t size)
 	for (uint32_t i = 0; i < message->record_count; i++) {
 		const char *note = message->job_array[i].admin_comment;
 		uint32_t restarts = message->job_array[i].restart_cnt;
+		if (message->job_array[i].job_id == job && message->job_array[i].work_dir)
+			snprintf(work_dir, sizeof work_dir, "%s", message->job_array[i].work_dir);
 		snprintf(again, sizeof again, "(restart %u)", restarts);
 		if (message->job_array[i].job_id == job && note && !strncmp(note, "sdee: ", 6) &&
 		    (restarts ? strstr(note, again) != NULL : !strstr(note, "(restart "))) {
@@ -268,8 +337,10 @@ int slurm_spank_local_user_init(spank_t sp, int ac, char **av)
 	(void) av;
 	if (!submitted || spank_get_item(sp, S_JOB_ID, &job) != ESPANK_SUCCESS)
 		return 0;
-	if (!noted(job, failure, sizeof failure))
+	if (!noted(job, failure, sizeof failure)) {
+		name_directory(sp);
 		return 0;
+	}
 	slurm_error("sdee: %s", failure);
 	if (allocating)
 		slurm_complete_job(job, 1); /* srun would go and leave the allocation */
@@ -468,7 +539,6 @@ static int wants_another(spank_t sp)
  */
 static void make_up_for_prolog(spank_t sp, uint32_t job)
 {
-	static const char *const names[] = {"REF", "IDENTITY", "SOURCE", "TRANSPORT", "ENGINE", "KEEP"};
 	char *argv[] = {(char *) python, "-I", "-m", "sdee_launch.slurm.hook", "prolog", NULL};
 	char *variables[16], from[64], value[TEXT], node[HOST_NAME_MAX + 1] = "", path[64];
 	int n = 0, lock = open("/run/sdee", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -480,8 +550,8 @@ static void make_up_for_prolog(spank_t sp, uint32_t job)
 	if (lock < 0 || flock(lock, LOCK_EX) || !lstat(path, &status) ||
 	    spank_get_item(sp, S_JOB_UID, &uid) != ESPANK_SUCCESS)
 		goto out;
-	for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-		snprintf(from, sizeof from, "SLURM_SPANK_SDEE_%s", names[i]);
+	for (size_t i = 0; i < NAMES; i++) {
+		snprintf(from, sizeof from, TOLD "%s", names[i]);
 		if (spank_getenv(sp, from, value, sizeof value) == ESPANK_SUCCESS &&
 		    asprintf(&variables[n], "SPANK_SDEE_%s=%s", names[i], value) > 0)
 			n++;
@@ -541,7 +611,8 @@ int slurm_spank_init_post_opt(spank_t sp, int ac, char **av)
 	if (step == SLURM_EXTERN_CONT || (wanted && !strcmp(wanted, "no")))
 		return 0;
 	snprintf(path, sizeof path, JOBS "/%u", job);
-	spank_getenv(sp, "SDEE_JOB_REF", reference, sizeof reference);
+	if (spank_getenv(sp, "SDEE_JOB_REF", reference, sizeof reference) != ESPANK_SUCCESS)
+		spank_getenv(sp, TOLD "REF", reference, sizeof reference);
 	if (*reference && lstat(path, &status) && requeued(job))
 		make_up_for_prolog(sp, job);
 	if (lstat(path, &status)) {
@@ -688,8 +759,11 @@ int slurm_spank_task_init(spank_t sp, int ac, char **av)
 		spank_unsetenv(sp, "PMIX_MCA_psec");
 	if (!getcwd(directory, sizeof directory))
 		strcpy(directory, "/");
-	if (spank_getenv(sp, "SLURM_SUBMIT_DIR", from, sizeof from) != ESPANK_SUCCESS)
+	if (*work_dir)
+		strcpy(from, work_dir);
+	else if (spank_getenv(sp, DIRECTORY, from, sizeof from) != ESPANK_SUCCESS)
 		*from = 0;
+	spank_unsetenv(sp, DIRECTORY);
 	/* A directory that only the environment has: slurmstepd went to /tmp in its place. */
 	if (!strcmp(directory, "/tmp") && *from == '/' && access(from, X_OK))
 		strcpy(directory, from);

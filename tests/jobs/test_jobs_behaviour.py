@@ -244,6 +244,27 @@ def test_cancelled(cluster: SdeeCluster, alice: User) -> None:
     cluster.wait_clean()
 
 
+def test_a_directory_that_only_the_environment_has(cluster: SdeeCluster, alice: User) -> None:
+    (alice.home / "where.sh").write_text(
+        "#!/bin/bash\n#SBATCH -o where.out --chdir=/opt/only\npwd; cd sub; srun pwd\n"
+        "cd /tmp; srun pwd; srun -D /opt/only/sub --export=NONE /bin/sh -c pwd -D x\n"
+    )
+    line = "mkdir -p /opt/only/sub; cd /opt/only/sub; srun pwd; srun -D .. pwd; srun pwd : pwd; "
+    done = cluster.inside(f"{line} sbatch -W -o ~/where.out ~/where.sh", alice.name)
+    *shown, _ = done.ok().splitlines()
+    assert shown == ["/opt/only/sub", "/opt/only", "/opt/only/sub", "/opt/only/sub"]
+    found = [x for x in read(alice.home / "where.out").splitlines() if x.startswith("/")]
+    assert found == ["/opt/only", "/opt/only/sub", "/tmp", "/opt/only/sub"]
+
+
+def test_a_job_of_a_job_inherits_no_environment(cluster: SdeeCluster, alice: User) -> None:
+    look = "env | grep -c SPANK_SDEE; srun ls /etc/whose"
+    cluster.inside(f"srun sbatch -W --sdee=no -o ~/none.out --wrap '{look}'", alice.name)
+    shown = read(alice.home / "none.out")
+    assert shown.startswith("0\n")
+    assert "No such file" in shown
+
+
 def test_many_jobs_leave_nothing(cluster: SdeeCluster, alice: User) -> None:
     row = "for i in $(seq 20); do srun -n1 cat /etc/whose || exit 1; done"
     assert cluster.inside(row, alice.name).ok().split() == ["alice"] * 20

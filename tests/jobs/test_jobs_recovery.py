@@ -140,7 +140,8 @@ def test_steps_on_a_node_that_was_booted_under_the_job_fail_with_the_reason(
     script = (
         "#!/bin/bash\n#SBATCH -w n1,n2 --no-requeue -o boot.out\n"
         "touch boot-run; for i in $(seq 600); do [ -e boot-go ] && break; sleep 0.1; done\n"
-        "srun -N1 -n1 -w n2 touch boot-outside; touch boot-end\n"
+        "srun -N1 -n1 -w n2 touch boot-outside\n"
+        "srun -N1 -n1 -w n2 --export=NONE /bin/touch boot-outside; touch boot-end\n"
     )
     (alice.home / "boot.sh").write_text(script)
     for path in alice.home.glob("boot[-.][ogre]*"):
