@@ -258,7 +258,7 @@ def test_a_directory_that_only_the_environment_has(cluster: SdeeCluster, alice: 
 
 
 def test_a_job_of_a_job_inherits_no_environment(cluster: SdeeCluster, alice: User) -> None:
-    look = "env | grep -c SPANK_SDEE; srun ls /etc/whose"
+    look = "env | grep -c SPANK_SDEE; ls /etc/whose"
     cluster.inside(f"srun sbatch -W --sdee=no -o ~/none.out --wrap '{look}'", alice.name)
     shown = read(alice.home / "none.out")
     assert shown.startswith("0\n")
