@@ -43,18 +43,18 @@ class Latest:
     LIMIT = 50_000  # entries in all
 
     def __init__(self) -> None:
-        self._lists: dict[int, Snapshot] = {}
+        self.lists: dict[int, Snapshot] = {}
         self._entries = 0
 
     def get(self, node: int) -> Snapshot | None:
-        return self._lists.get(node)
+        return self.lists.get(node)
 
     def keep(self, node: int, entries: Snapshot) -> None:
-        self._entries += len(entries) - len(self._lists.pop(node, ()))
-        self._lists[node] = entries
+        self._entries += len(entries) - len(self.lists.pop(node, ()))
+        self.lists[node] = entries
         while self._entries > self.LIMIT:
-            oldest = next(iter(self._lists))
-            self._entries -= len(self._lists.pop(oldest))
+            oldest = next(iter(self.lists))
+            self._entries -= len(self.lists.pop(oldest))
 
 
 class Listing(CopyUp):

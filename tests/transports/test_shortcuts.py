@@ -75,7 +75,7 @@ def _fill(base: Path, lowers: int) -> list[Path]:
     for directory in (upper / "dir", low / "dir"):
         directory.mkdir()
         (directory / "file").write_bytes(b"below")
-    os.mkdir(low / "dir2")
+    (low / "dir2" / "dir").mkdir(parents=True)
     (low / "dir2" / "file").write_bytes(b"below")
     for path in (upper, *made):
         for below in [path, *path.rglob("*")]:
@@ -172,12 +172,13 @@ def comparable(opcode: Opcode, reply: bytes) -> object:
         return _plain(_ENTRY.unpack_from(reply), 6), wire.OPEN_OUT.unpack_from(reply, _ENTRY.size)
     if opcode in (Opcode.GETATTR, Opcode.SETATTR) and reply:
         return _plain(_ATTR.unpack(reply), 3)
-    if opcode == Opcode.READDIRPLUS:
+    if opcode in (Opcode.READDIR, Opcode.READDIRPLUS):
+        head = _ENTRY.size if opcode == Opcode.READDIRPLUS else 0
         entries, at = {}, 0
         while at < len(reply):
-            _, _, length, kind = wire.DIRENT.unpack_from(reply, at + _ENTRY.size)
-            start = at + _ENTRY.size + wire.DIRENT.size
-            values = _plain(_ENTRY.unpack_from(reply, at), 6)
+            _, _, length, kind = wire.DIRENT.unpack_from(reply, at + head)
+            start = at + head + wire.DIRENT.size
+            values = _plain(_ENTRY.unpack_from(reply, at), 6) if head else (0,)
             # Directories are listed in an order of their own: so are the new nodes' numbers.
             entries[reply[start : start + length]] = (kind, bool(values[0]), values[2:])
             at = start + (length + 7 & ~7)
@@ -334,9 +335,10 @@ class Player:
         reply = self.ask(Opcode.OPENDIR, node, wire.OPEN_IN.pack(0, 0))
         if reply:
             handle = wire.OPEN_OUT.unpack(reply)[0]
-            for offset, room in ((0, 1 << 16), (2, 0)):
+            for offset, room in ((0, 1 << 16), (2, 0), (2, 1 << 16)):
                 page = wire.READ_IN.pack(handle, offset, room, 0, 0, 0, 0)
                 self.ask(Opcode.READDIRPLUS, node, page, pid)
+                self.ask(Opcode.READDIR, node, page, pid)
             self.ask(Opcode.RELEASEDIR, node, wire.RELEASE_IN.pack(handle, 0, 0, 0))
 
 
@@ -367,6 +369,8 @@ def test_plain_cases_are_answered_in_c() -> None:
     with sides("plain") as (python, c):
         player = Player(python, c)
         player.play("create", 0, "new0")  # the first asks for the directory's default ACL
+        player.play("lookup", 0, ("dir", 1))
+        directory = len(player.nodes) - 1
         before = _left(c)
         for name in ("file", "only-upper", "absent", "link"):
             player.play("lookup", 0, (name, 1))
@@ -386,6 +390,7 @@ def test_plain_cases_are_answered_in_c() -> None:
             ("unlink", 0, "new1"),
             ("release", handle + 1, None),
             ("forget", made, 1),
+            ("list", directory, 1),
         ):
             player.play(word, which, more)
         assert _left(c) == before

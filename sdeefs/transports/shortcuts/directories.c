@@ -1,49 +1,102 @@
-/* READDIRPLUS: the pages of a list that the core has taken (core/listing.py). */
+/* OPENDIR, READDIR, READDIRPLUS and RELEASEDIR. */
 #include "shortcuts.h"
 
 #define ENTRY sizeof(struct fuse_entry_out)
 
-/* core/lookers.py: a process and a kind of what it lists, and their place in the table. */
-static uint64_t looker(const struct call *call, uint32_t mode)
+/* The kernel may keep a directory's entries where it learns of every change: Filesystem.caches_directory(). */
+static int is_cacheable(Shortcuts *self, PyObject *directory)
 {
-	return (uint64_t)call->pid << 1 | S_ISDIR(mode);
+	PyObject *value;
+	double timeout;
+
+	if (self->upper_timeout <= 0)
+		return 0;
+	if (!PyTuple_GET_SIZE(SLOT(directory, shape.lowers)))
+		return 1;
+	value = PyObject_GetAttr(self->filesystem, str_lower_timeout);
+	if (!value)
+		return -1;
+	timeout = PyFloat_AsDouble(value);
+	Py_DECREF(value);
+	return PyErr_Occurred() ? -1 : timeout >= self->upper_timeout;
 }
 
-static Py_ssize_t place_in(Shortcuts *self, uint64_t key)
+static PyObject *new_open_directory(Shortcuts *self, PyObject *directory)
 {
-	return (Py_ssize_t)(key % (uint64_t)PyList_GET_SIZE(self->lookers));
+	PyObject *latest = PyDict_GetItemWithError(self->latest, SLOT(directory, shape.number)), *open;
+
+	if (!latest && PyErr_Occurred())
+		return NULL;
+	open = PyType_GenericAlloc(shape.open_directory, 0);
+	if (!open)
+		return NULL;
+	SLOT(open, shape.directory_node) = Py_NewRef(directory);
+	SLOT(open, shape.entries) = Py_NewRef(Py_None);
+	SLOT(open, shape.latest) = Py_NewRef(latest ? latest : Py_None);
+	return open;
 }
 
-static int wants_attributes(Shortcuts *self, const struct call *call, uint32_t mode)
+int do_opendir(Shortcuts *self, struct call *call)
 {
-	uint64_t key = looker(call, mode);
+	PyObject *directory = find_node(self, call->node), *open, *handle;
+	struct fuse_open_out *out = (struct fuse_open_out *)call->out;
+	int keep, rc = FAILED;
 
-	return PyLong_AsUnsignedLongLongMask(PyList_GET_ITEM(self->lookers, place_in(self, key))) == key;
+	if (!directory || !is_directory(directory))
+		return PyErr_Occurred() ? FAILED : LEAVE;
+	keep = is_cacheable(self, directory);
+	if (keep < 0)
+		return FAILED;
+	open = new_open_directory(self, directory);
+	handle = open ? next_number(self->filesystem, str_next_handle) : NULL;
+	if (handle && PyDict_SetItem(self->open_dirs, handle, open) == 0) {
+		out->fh = PyLong_AsUnsignedLongLongMask(handle);
+		out->open_flags = keep ? FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE : 0;
+		out->backing_id = 0;
+		call->size = sizeof *out;
+		rc = ANSWERED;
+	}
+	Py_XDECREF(open);
+	Py_XDECREF(handle);
+	return rc;
 }
 
-/* Filesystem.lookup()'s note of who looks up what it has listed. */
-void note_lookup(Shortcuts *self, PyObject *directory, const struct call *call, uint32_t mode)
+int do_releasedir(Shortcuts *self, struct call *call)
 {
-	uint64_t key = looker(call, mode);
-	PyObject *number;
+	struct fuse_release_in in;
+	PyObject *handle;
 
-	if (slot_int(directory, shape.lister) != (long)call->pid)
-		return;
-	number = PyLong_FromUnsignedLongLong(key);
-	if (number)
-		(void)PyList_SetItem(self->lookers, place_in(self, key), number);
-	else
-		PyErr_Clear(); /* it stays unknown */
+	if (call->length < (Py_ssize_t)sizeof in)
+		return LEAVE;
+	memcpy(&in, call->body, sizeof in);
+	handle = PyLong_FromUnsignedLongLong(in.fh);
+	if (!handle)
+		return FAILED;
+	if (PyDict_DelItem(self->open_dirs, handle) < 0)
+		PyErr_Clear(); /* it was none */
+	Py_DECREF(handle);
+	call->size = 0;
+	return ANSWERED;
+}
+
+static PyObject *find_open(Shortcuts *self, uint64_t handle)
+{
+	PyObject *key = PyLong_FromUnsignedLongLong(handle), *open;
+
+	if (!key)
+		return NULL;
+	open = PyDict_GetItemWithError(self->open_dirs, key);
+	Py_DECREF(key);
+	return open && Py_IS_TYPE(open, shape.open_directory) ? open : NULL;
 }
 
 /* A look-up that isn't plain, by Python: its encoded answer, or 0 for a name to leave out. */
 static int look_up_slowly(Shortcuts *self, PyObject *directory, PyObject *name, uint64_t ino,
 			  struct fuse_entry_out *out)
 {
-	PyObject *arguments[2] = { directory, name }, *entry, *packed = NULL;
-	int rc = -1;
+	PyObject *entry = PyObject_CallFunctionObjArgs(self->lookup, directory, name, NULL), *packed = NULL;
+	int rc = FAILED;
 
-	entry = PyObject_Vectorcall(self->lookup, arguments, 2, NULL);
 	if (entry)
 		packed = PyObject_CallOneArg(self->pack_entry, entry);
 	if (packed && PyBytes_Check(packed) && PyBytes_GET_SIZE(packed) == ENTRY) {
@@ -59,95 +112,109 @@ static int look_up_slowly(Shortcuts *self, PyObject *directory, PyObject *name, 
 	return rc;
 }
 
-int do_readdirplus(Shortcuts *self, struct call *call)
+/* The same, plain or not. */
+static int look_up(Shortcuts *self, PyObject *directory, PyObject *name, uint64_t ino, struct fuse_entry_out *out)
 {
-	struct fuse_read_in in;
-	PyObject *key, *open, *directory, *entries;
-	Py_ssize_t position;
-	size_t used = 0;
-	char *page;
+	struct found found;
+	int rc = find_name(self, directory, name, &found);
 
-	if (call->length < (Py_ssize_t)sizeof in)
-		return LEAVE;
-	memcpy(&in, call->body, sizeof in);
-	key = PyLong_FromUnsignedLongLong(in.fh);
-	if (!key)
-		return FAILED;
-	open = PyDict_GetItemWithError(self->open_dirs, key);
-	Py_DECREF(key);
-	if (!open || !Py_IS_TYPE(open, shape.open_directory))
-		return PyErr_Occurred() ? FAILED : LEAVE;
-	directory = SLOT(open, shape.directory_node);
-	entries = SLOT(open, shape.entries);
-	if (in.offset == 0 || entries == Py_None) {
-		PyObject *number = PyLong_FromUnsignedLongLong(in.offset);
+	if (!rc)
+		rc = pack_found(self, &found, out);
+	if (rc == LEAVE)
+		return look_up_slowly(self, directory, name, ino, out);
+	return rc ? FAILED : out->nodeid != 0; /* 0: removed since */
+}
 
-		if (!number)
-			return FAILED;
-		entries = PyObject_VectorcallMethod(str_entries, (PyObject *[]){ self->filesystem, open, number }, 3,
-						    NULL);
-		Py_DECREF(number);
-		if (!entries)
-			return FAILED;
-	} else {
-		Py_INCREF(entries);
-	}
-	call->bytes = PyBytes_FromStringAndSize(NULL, in.size);
-	if (!call->bytes || !PyList_Check(entries)) {
-		Py_DECREF(entries);
+/* Listing._inode_number(); 0: the name is gone. */
+static int number_of(Shortcuts *self, PyObject *directory, PyObject *name, uint64_t *ino)
+{
+	PyObject *number = PyObject_CallFunctionObjArgs(self->inode_number, directory, name, NULL);
+
+	if (!number)
 		return FAILED;
-	}
-	page = PyBytes_AS_STRING(call->bytes);
-	for (position = (Py_ssize_t)in.offset; position < PyList_GET_SIZE(entries); position++) {
-		PyObject *entry = PyList_GET_ITEM(entries, position), *name = PyTuple_GET_ITEM(entry, 0);
+	*ino = PyLong_AsUnsignedLongLongMask(number);
+	Py_DECREF(number);
+	return *ino != 0;
+}
+
+static int fill(Shortcuts *self, struct call *call, PyObject *directory, PyObject *entries,
+		const struct fuse_read_in *in, int plus)
+{
+	char *page = PyBytes_AS_STRING(call->bytes);
+	size_t used = 0, head = plus ? ENTRY : 0;
+	uint64_t position;
+
+	for (position = in->offset; position < (uint64_t)PyList_GET_SIZE(entries); position++) {
+		PyObject *entry = PyList_GET_ITEM(entries, (Py_ssize_t)position), *name = PyTuple_GET_ITEM(entry, 0);
 		uint64_t ino = PyLong_AsUnsignedLongLongMask(PyTuple_GET_ITEM(entry, 1));
 		uint32_t kind = (uint32_t)PyLong_AsUnsignedLongMask(PyTuple_GET_ITEM(entry, 2));
 		size_t length = (size_t)PyBytes_GET_SIZE(name);
-		size_t size = (ENTRY + sizeof(struct fuse_dirent) + length + 7) & ~(size_t)7;
+		size_t size = (head + sizeof(struct fuse_dirent) + length + 7) & ~(size_t)7;
 		struct fuse_entry_out *out = (struct fuse_entry_out *)(page + used);
-		struct fuse_dirent *dirent = (struct fuse_dirent *)(out + 1);
-		struct found found;
-		int rc;
+		struct fuse_dirent *dirent = (struct fuse_dirent *)(page + used + head);
+		int rc = 1;
 
-		if (used + size > in.size)
+		if (used + size > in->size)
 			break;
-		if (position < 2) {
+		if (!plus) {
+			if (!ino)
+				rc = number_of(self, directory, name, &ino);
+		} else if (position < 2) {
 			memset(out, 0, ENTRY);
 		} else if (ino && !wants_attributes(self, call, kind)) {
 			memset(out, 0, ENTRY);
 			set_slot(directory, shape.lister, Py_NewRef(call->arguments[4]));
 		} else {
-			rc = find_name(self, directory, name, &found);
-			if (!rc)
-				rc = pack_found(self, &found, out);
-			if (rc == LEAVE) {
-				rc = look_up_slowly(self, directory, name, ino, out);
-				if (rc < 0)
-					goto failed;
-				if (!rc)
-					continue;
-			} else if (rc) {
-				goto failed;
-			} else if (!out->nodeid) {
-				continue; /* removed since */
-			}
-			if (out->nodeid) {
+			rc = look_up(self, directory, name, ino, out);
+			if (rc > 0 && out->nodeid) {
 				ino = out->attr.ino;
 				kind = out->attr.mode & S_IFMT;
 			}
 		}
+		if (rc < 0)
+			return FAILED;
+		if (!rc)
+			continue;
 		dirent->ino = ino;
-		dirent->off = (uint64_t)position + 1;
+		dirent->off = position + 1;
 		dirent->namelen = (uint32_t)length;
 		dirent->type = kind >> 12;
 		memcpy(dirent->name, PyBytes_AS_STRING(name), length);
-		memset(dirent->name + length, 0, size - ENTRY - sizeof *dirent - length);
+		memset(dirent->name + length, 0, size - head - sizeof *dirent - length);
 		used += size;
 	}
-	Py_DECREF(entries);
 	return _PyBytes_Resize(&call->bytes, (Py_ssize_t)used) < 0 ? FAILED : ANSWERED;
-failed:
+}
+
+static int read_page(Shortcuts *self, struct call *call, int plus)
+{
+	struct fuse_read_in in;
+	PyObject *open, *entries;
+	int rc;
+
+	if (call->length < (Py_ssize_t)sizeof in)
+		return LEAVE;
+	memcpy(&in, call->body, sizeof in);
+	open = find_open(self, in.fh);
+	if (!open)
+		return PyErr_Occurred() ? FAILED : LEAVE;
+	entries = entries_of(self, open, in.offset);
+	if (!entries)
+		return FAILED;
+	call->bytes = PyBytes_FromStringAndSize(NULL, in.size);
+	rc = call->bytes ? fill(self, call, SLOT(open, shape.directory_node), entries, &in, plus) : FAILED;
+	if (rc)
+		Py_CLEAR(call->bytes);
 	Py_DECREF(entries);
-	Py_CLEAR(call->bytes);
-	return FAILED;
+	return rc;
+}
+
+int do_readdir(Shortcuts *self, struct call *call)
+{
+	return read_page(self, call, 0);
+}
+
+int do_readdirplus(Shortcuts *self, struct call *call)
+{
+	return read_page(self, call, 1);
 }

@@ -84,7 +84,10 @@ METHOD(setxattr, FUSE_SETXATTR, 1)
 METHOD(getxattr, FUSE_GETXATTR, 1)
 METHOD(listxattr, FUSE_LISTXATTR, 1)
 METHOD(create, FUSE_CREATE, 1)
+METHOD(opendir, FUSE_OPENDIR, 1)
+METHOD(readdir, FUSE_READDIR, 1)
 METHOD(readdirplus, FUSE_READDIRPLUS, 1)
+METHOD(releasedir, FUSE_RELEASEDIR, 1)
 
 /* Of these the kernel expects no reply. */
 #define SILENT(name, opcode)                                                                        \
@@ -204,7 +207,7 @@ static PyObject *imported(const char *module, const char *first, const char *sec
 
 static int find_objects(Shortcuts *self)
 {
-	PyObject *filesystem = self->filesystem;
+	PyObject *filesystem = self->filesystem, *latest;
 
 	self->acquire = attribute(filesystem, "lock", "acquire");
 	self->release = attribute(filesystem, "lock", "release");
@@ -214,6 +217,14 @@ static int find_objects(Shortcuts *self)
 	self->open_dirs = attribute(filesystem, "_open_dirs", NULL);
 	self->upper = attribute(filesystem, "upper", NULL);
 	self->lookup = attribute(filesystem, "_lookup", NULL);
+	self->entries = attribute(filesystem, "_entries", NULL);
+	self->inode_number = attribute(filesystem, "_inode_number", NULL);
+	latest = attribute(filesystem, "_latest", NULL);
+	if (latest) {
+		self->keep_list = attribute(latest, "keep", NULL);
+		self->latest = attribute(latest, "lists", NULL);
+		Py_DECREF(latest);
+	}
 	self->lookers = attribute(filesystem, "lookers", "table");
 	self->settle = imported("sdeefs.core.credentials", "settle", NULL);
 	self->become = imported("sdeefs.core.credentials", "become", NULL);
@@ -225,7 +236,7 @@ static int find_objects(Shortcuts *self)
 		self->release_backing = attribute(self->backing, "release", NULL);
 	}
 	return PyErr_Occurred() || !PyDict_Check(self->nodes) || !PyDict_Check(self->files) ||
-			       !PyDict_Check(self->open_dirs) || !PyList_Check(self->lookers) ? -1 : 0;
+			       !PyDict_Check(self->open_dirs) || !PyDict_Check(self->latest) || !PyList_Check(self->lookers) ? -1 : 0;
 }
 
 static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
@@ -284,6 +295,10 @@ static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
 	do(self->become);                                                                         \
 	do(self->pack_entry);                                                                     \
 	do(self->lookup);                                                                         \
+	do(self->entries);                                                                        \
+	do(self->inode_number);                                                                   \
+	do(self->keep_list);                                                                      \
+	do(self->latest);                                                                         \
 	do(self->lookers);                                                                        \
 	do(self->io_passthrough);                                                                 \
 	do(self->io_cached)
@@ -325,7 +340,8 @@ static void Shortcuts_dealloc(Shortcuts *self)
 #define ROW(name) { #name, (PyCFunction)(void (*)(void))Shortcuts_##name, METH_FASTCALL, NULL }
 static PyMethodDef Shortcuts_methods[] = {
 	ROW(lookup), ROW(getattr), ROW(setattr), ROW(unlink), ROW(open), ROW(read), ROW(release),
-	ROW(setxattr), ROW(getxattr), ROW(listxattr), ROW(create), ROW(readdirplus), ROW(forget), ROW(batch_forget),
+	ROW(setxattr), ROW(getxattr), ROW(listxattr), ROW(create), ROW(opendir), ROW(readdir), ROW(readdirplus),
+	ROW(releasedir), ROW(forget), ROW(batch_forget),
 	{ "left", (PyCFunction)Shortcuts_left, METH_NOARGS, left_doc },
 	{ NULL },
 };

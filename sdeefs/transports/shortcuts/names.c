@@ -62,7 +62,7 @@ static int bind(Shortcuts *self, PyObject *parent, PyObject *name, long layer, i
 }
 
 /* Zero-size files may be whiteouts where the layer has such. */
-static int has_xattr_whiteouts(Shortcuts *self, long layer)
+int has_xattr_whiteouts(Shortcuts *self, long layer)
 {
 	PyObject *value = PyObject_GetAttr(self->layers[layer].object, str_xwhiteouts);
 	int truth = value ? PyObject_IsTrue(value) : -1;

@@ -5,7 +5,7 @@
 #include <unistd.h>
 
 struct shape shape;
-PyObject *str_next, *str_next_handle, *str_lower_timeout, *str_xwhiteouts, *str_spare, *str_entries;
+PyObject *str_next, *str_next_handle, *str_lower_timeout, *str_xwhiteouts, *str_spare, *str_index_inodes;
 static PyObject *zero, *one, *minus_one, *kinds[16], *small[64];
 
 static int offset(PyTypeObject *type, const char *name, Py_ssize_t *at)
@@ -80,6 +80,7 @@ int learn_shape(void)
 		{ &shape.open_file, "io", &shape.file_io },
 		{ &shape.open_file, "lower", &shape.file_lower },
 		{ &shape.open_directory, "entries", &shape.entries },
+		{ &shape.open_directory, "latest", &shape.latest },
 		{ &shape.open_directory, "node", &shape.directory_node },
 	};
 	size_t i;
@@ -106,11 +107,11 @@ int learn_shape(void)
 	str_lower_timeout = PyUnicode_InternFromString("lower_timeout");
 	str_xwhiteouts = PyUnicode_InternFromString("xwhiteouts");
 	str_spare = PyUnicode_InternFromString("_spare_whiteout");
-	str_entries = PyUnicode_InternFromString("_entries");
+	str_index_inodes = PyUnicode_InternFromString("index_inodes");
 	one = PyLong_FromLong(1);
 	minus_one = PyLong_FromLong(-1);
 	if (!str_next || !str_next_handle || !str_lower_timeout || !str_xwhiteouts || !str_spare ||
-	    !str_entries || !one || !minus_one)
+	    !str_index_inodes || !one || !minus_one)
 		return -1;
 	zero = PyLong_FromLong(0);
 	return zero ? 0 : -1;
@@ -184,6 +185,11 @@ PyObject *next_number(PyObject *owner, PyObject *attribute)
 		Py_CLEAR(number);
 	Py_XDECREF(after);
 	return number;
+}
+
+PyObject *kind_object(unsigned type)
+{
+	return kinds[type & 15];
 }
 
 /* A node with one look-up's count still to be added, in its place in the tree. Borrowed. */

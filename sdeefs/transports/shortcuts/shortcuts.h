@@ -69,7 +69,8 @@ typedef struct {
 	PyObject *handlers; /* Python's, by opcode */
 	PyObject *backing;  /* BackingIds, or None */
 	PyObject *acquire_backing, *release_backing;
-	PyObject *settle, *become, *pack_entry, *lookup;
+	PyObject *settle, *become, *pack_entry, *lookup, *entries, *inode_number, *keep_list;
+	PyObject *latest; /* core/listing.py: the lists taken last, by node */
 	PyObject *lookers; /* core/lookers.py: its table */
 	PyObject *io_passthrough, *io_cached;
 	struct layer *layers;
@@ -111,7 +112,7 @@ struct shape {
 	/* OpenFile */
 	Py_ssize_t file_node, file_fd, file_writable, file_io, file_lower;
 	/* OpenDirectory */
-	Py_ssize_t entries, directory_node;
+	Py_ssize_t entries, latest, directory_node;
 };
 extern struct shape shape;
 
@@ -127,10 +128,11 @@ PyObject *find_file(Shortcuts *self, uint64_t handle); /* the same, of an open f
 PyObject *new_node(Shortcuts *self, PyObject *parent, PyObject *name, const struct stat *st, long layer,
 		   uint64_t shown, PyObject *stamp);
 PyObject *new_extra(void);
+PyObject *kind_object(unsigned type); /* S_IFMT bits of a d_type; borrowed */
 PyObject *next_number(PyObject *owner, PyObject *attribute); /* and count it up */
 void close_later(Shortcuts *self, int fd); /* once the lock is given up */
 void close_dropped(Shortcuts *self);
-extern PyObject *str_next, *str_next_handle, *str_lower_timeout, *str_xwhiteouts, *str_spare, *str_entries;
+extern PyObject *str_next, *str_next_handle, *str_lower_timeout, *str_xwhiteouts, *str_spare, *str_index_inodes;
 
 /* places.c: where an object is, and what stat tells of it */
 struct place {
@@ -158,6 +160,7 @@ struct found {
 };
 int find_name(Shortcuts *self, PyObject *parent, PyObject *name, struct found *found);
 int pack_found(Shortcuts *self, const struct found *found, struct fuse_entry_out *out);
+int has_xattr_whiteouts(Shortcuts *self, long layer); /* -1 with an exception */
 int in_lowers(Shortcuts *self, PyObject *parent, const char *name); /* 0, 1, or LEAVE */
 int do_lookup(Shortcuts *self, struct call *call);
 int do_forget(Shortcuts *self, struct call *call);
@@ -177,8 +180,17 @@ int do_create(Shortcuts *self, struct call *call);
 int do_read(Shortcuts *self, struct call *call);
 int do_release(Shortcuts *self, struct call *call);
 
-/* directories.c */
-int do_readdirplus(Shortcuts *self, struct call *call);
+/* lookers.c */
+int wants_attributes(Shortcuts *self, const struct call *call, uint32_t mode);
 void note_lookup(Shortcuts *self, PyObject *directory, const struct call *call, uint32_t mode);
+
+/* listing.c */
+PyObject *entries_of(Shortcuts *self, PyObject *open, uint64_t offset);
+
+/* directories.c */
+int do_opendir(Shortcuts *self, struct call *call);
+int do_readdir(Shortcuts *self, struct call *call);
+int do_readdirplus(Shortcuts *self, struct call *call);
+int do_releasedir(Shortcuts *self, struct call *call);
 
 #endif
