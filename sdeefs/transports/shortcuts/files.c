@@ -96,21 +96,17 @@ static int opened(Shortcuts *self, PyObject *node, int fd, const struct stat *st
 	handle = keep < 0 ? NULL : next_number(self->filesystem, str_next_handle);
 	number = handle ? PyLong_FromLong(fd) : NULL;
 	file = number ? new_file(node, number, writable, io) : NULL;
-	if (file && PyDict_SetItem(self->files, handle, file) == 0) {
+	id = file ? backing_id(self, node, handle, number, io == self->io_passthrough) : -1;
+	if (id >= 0 && PyDict_SetItem(self->files, handle, file) == 0) {
 		if (PyList_Append(handles, file) == 0)
 			rc = ANSWERED;
 		else
 			PyDict_DelItem(self->files, handle);
 	}
 	if (!rc) {
-		id = backing_id(self, node, handle, number, io == self->io_passthrough);
-		if (id < 0) {
-			rc = FAILED; /* the handle stays until the mount ends: never seen */
-		} else {
-			out->fh = PyLong_AsUnsignedLongLongMask(handle);
-			out->backing_id = id;
-			out->open_flags = self->open_base | (id ? FOPEN_PASSTHROUGH : keep ? FOPEN_KEEP_CACHE : 0);
-		}
+		out->fh = PyLong_AsUnsignedLongLongMask(handle);
+		out->backing_id = id;
+		out->open_flags = self->open_base | (id ? FOPEN_PASSTHROUGH : keep ? FOPEN_KEEP_CACHE : 0);
 	}
 	Py_XDECREF(handle);
 	Py_XDECREF(number);
@@ -265,7 +261,9 @@ int do_read(Shortcuts *self, struct call *call)
 	if (!bytes)
 		return FAILED;
 	Py_BEGIN_ALLOW_THREADS
-	length = pread(fd, PyBytes_AS_STRING(bytes), in.size, (off_t)in.offset);
+	do
+		length = pread(fd, PyBytes_AS_STRING(bytes), in.size, (off_t)in.offset);
+	while (length < 0 && errno == EINTR);
 	error = errno;
 	Py_END_ALLOW_THREADS
 	if (length < 0) {

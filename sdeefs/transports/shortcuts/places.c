@@ -2,6 +2,7 @@
 #include "shortcuts.h"
 
 #include <fcntl.h>
+#include <limits.h>
 #include <stdio.h>
 #include <sys/xattr.h>
 #include <unistd.h>
@@ -62,7 +63,8 @@ int place_of(Shortcuts *self, PyObject *node, struct place *place)
 		return LEAVE;
 	place->fd = directory_fd(self, parent, layer);
 	place->name = PyBytes_AS_STRING(SLOT(node, shape.name));
-	return place->fd >= 0 ? ANSWERED : LEAVE;
+	/* Of filesystems that count characters (NTFS) names are longer than paths made here may be. */
+	return place->fd >= 0 && strlen(place->name) <= NAME_MAX ? ANSWERED : LEAVE;
 }
 
 int stat_place(const struct place *place, struct stat *st)
@@ -217,7 +219,7 @@ int may_be_secret(Shortcuts *self, long layer, const struct stat *st, int fd, co
 			}
 		}
 	}
-	if (!(bits & 4))
+	if (!(bits & 4) || strlen(name) > NAME_MAX)
 		return 1;
 	xattr_path(path, sizeof path, &(struct place){ fd, name });
 	return lgetxattr(path, "system.posix_acl_access", NULL, 0) >= 0;
@@ -242,7 +244,7 @@ int is_plain_upper(PyObject *parent, PyObject *name, int fd, const struct stat *
 	if (st->st_nlink == 1 && PyTuple_GET_SIZE(SLOT(parent, shape.lowers)) == 0 &&
 	    !(slot_int(parent, shape.flags) & FLAG_IMPURE))
 		return 1;
-	if (st->st_nlink > 1)
+	if (st->st_nlink > 1 || PyBytes_GET_SIZE(name) > NAME_MAX)
 		return 0; /* its other names, or the index, may know it */
 	xattr_path(path, sizeof path, &(struct place){ fd, PyBytes_AS_STRING(name) });
 	return llistxattr(path, NULL, 0) == 0;
