@@ -1,0 +1,66 @@
+"""The shortcuts where something fails: nothing half made stays, and no request brings them down."""
+
+from __future__ import annotations
+
+import os
+import random
+import struct
+
+import pytest
+
+from sdeefs.transports import shortcuts, wire
+from sdeefs.transports.requests import Features, handlers
+from sdeefs.transports.wire import Opcode
+from tests.transports.test_shortcuts import Side, sides
+
+if (_reason := shortcuts.why_not(object())) != "another core":  # type: ignore[arg-type]
+    pytest.skip(f"shortcuts: {_reason}", allow_module_level=True)
+
+
+class _NoMemory:
+    """Backing ids of a server that has no memory left."""
+
+    def acquire(self, node: int, handle: int, backing: int | None) -> int:
+        raise MemoryError
+
+    def release(self, handle: int) -> None:
+        raise AssertionError("was never acquired")
+
+
+def _look_up(side: Side, name: bytes) -> int:
+    number: int = struct.unpack_from("=Q", side.ask(Opcode.LOOKUP, 1, name + b"\0")[1])[0]
+    return number
+
+
+def test_a_handle_that_is_refused_its_backing_id_is_none() -> None:
+    """Its descriptor is closed at once, and must not be closed once more when the mount ends."""
+    with sides("plain") as (_, c):
+        filesystem, features, none = c.filesystem, Features(False, True, False), _NoMemory()
+        filesystem.passthrough = True
+        table = handlers(filesystem, features, none, lambda _: None)  # type: ignore[arg-type]
+        c.table = shortcuts.shorten(filesystem, table, none, features)
+        node = _look_up(c, b"only-upper")
+        before = len(os.listdir("/proc/self/fd"))
+        with pytest.raises(MemoryError):
+            c.ask(Opcode.OPEN, node, wire.OPEN_IN.pack(os.O_RDONLY, 0))
+        assert len(os.listdir("/proc/self/fd")) == before
+        assert filesystem.counts()["files"] == 0
+
+
+def test_requests_that_no_kernel_sends() -> None:
+    """Too short, too long, of nobody: an error each, and the union goes on."""
+    chance = random.Random(1)
+    with sides("plain") as (_, c):
+        nodes = [0, 1, 1 << 63, *(_look_up(c, name) for name in (b"file", b"only-upper", b"dir"))]
+        for _ in range(3000):
+            opcode = chance.choice(list(shortcuts.SHORTCUTS))
+            # The first words are small: what they count would take gigabytes else.
+            body = struct.pack("=QQII", *(chance.choice([0, 1, 2, 300]) for _ in range(4)))
+            if chance.random() < 0.3:
+                body = struct.pack("=QQI", 1, chance.choice([1 << 62, 1 << 63, (1 << 64) - 1]), 64)
+            body += chance.randbytes(chance.randrange(0, 400)) + chance.choice([b"", b"\0"])
+            try:
+                c.table[opcode](chance.choice(nodes), body[: chance.randrange(0, 450)], 0, 0, 1)
+            except (OSError, struct.error, ValueError, OverflowError):
+                pass
+        assert _look_up(c, b"file") in c.filesystem.table.nodes
