@@ -8,10 +8,11 @@ import struct
 
 import pytest
 
+from mount_helpers.namespaces import IdRange
 from sdeefs.transports import shortcuts, wire
 from sdeefs.transports.requests import Features, handlers
 from sdeefs.transports.wire import Opcode
-from tests.transports.test_shortcuts import Side, sides
+from tests.transports.test_shortcuts import SETAS, Player, Side, sides
 
 if (_reason := shortcuts.why_not(object())) != "another core":  # type: ignore[arg-type]
     pytest.skip(f"shortcuts: {_reason}", allow_module_level=True)
@@ -51,6 +52,7 @@ def test_requests_that_no_kernel_sends() -> None:
     """Too short, too long, of nobody: an error each, and the union goes on."""
     chance = random.Random(1)
     with sides("plain") as (_, c):
+        c.ask(Opcode.OPENDIR, 1, wire.OPEN_IN.pack(0, 0))  # handle 1, which many of these name
         nodes = [0, 1, 1 << 63, *(_look_up(c, name) for name in (b"file", b"only-upper", b"dir"))]
         for _ in range(3000):
             opcode = chance.choice(list(shortcuts.SHORTCUTS))
@@ -64,3 +66,10 @@ def test_requests_that_no_kernel_sends() -> None:
             except (OSError, struct.error, ValueError, OverflowError):
                 pass
         assert _look_up(c, b"file") in c.filesystem.table.nodes
+
+
+def test_a_map_of_all_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = (IdRange(0, 0, 1 << 32),)
+    monkeypatch.setitem(SETAS, "all ids", {"uid_lower": every, "gid_lower": every})
+    with sides("all ids") as (python, c):
+        Player(python, c).ask(Opcode.LOOKUP, 1, b"file\0")

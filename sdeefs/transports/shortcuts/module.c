@@ -121,10 +121,11 @@ static int read_map(PyObject *ranges, struct id_map *map)
 		return -1;
 	for (i = 0; i < map->count; i++) {
 		struct id_range *range = &map->ranges[i];
+		unsigned long long inside, outside, count;
 
-		if (!PyArg_ParseTuple(PyTuple_GET_ITEM(ranges, i), "III", &range->inside, &range->outside,
-				      &range->count))
+		if (!PyArg_ParseTuple(PyTuple_GET_ITEM(ranges, i), "KKK", &inside, &outside, &count))
 			return -1;
+		*range = (struct id_range){ inside, outside, count };
 	}
 	return 0;
 }

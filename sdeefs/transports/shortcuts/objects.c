@@ -252,7 +252,7 @@ void close_later(Shortcuts *self, int fd)
 {
 	if (self->dropped_count == self->dropped_room) {
 		Py_ssize_t room = self->dropped_room ? 2 * self->dropped_room : 64;
-		int *more = PyMem_Resize(self->dropped, int, (size_t)room);
+		int *more = PyMem_Realloc(self->dropped, (size_t)room * sizeof *more);
 
 		if (!more) {
 			close(fd);

@@ -92,7 +92,7 @@ static uint32_t to_shown(const struct id_map *map, uint32_t stored)
 		const struct id_range *range = &map->ranges[i];
 
 		if (stored >= range->outside && stored - range->outside < range->count)
-			return stored - range->outside + range->inside;
+			return (uint32_t)(stored - range->outside + range->inside);
 	}
 	return map->count ? OVERFLOW_ID : stored;
 }
@@ -108,7 +108,7 @@ static int to_stored(const struct id_map *map, uint32_t shown, uint32_t *stored)
 		const struct id_range *range = &map->ranges[i];
 
 		if (shown >= range->inside && shown - range->inside < range->count) {
-			*stored = shown - range->inside + range->outside;
+			*stored = (uint32_t)(shown - range->inside + range->outside);
 			return 0;
 		}
 	}

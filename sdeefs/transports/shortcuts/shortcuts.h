@@ -35,7 +35,7 @@
 #define FLAG_ACL_DEFAULT 32
 
 struct id_range {
-	uint32_t inside, outside, count;
+	uint64_t inside, outside, count; /* all ids are 2^32 */
 };
 
 struct id_map {
