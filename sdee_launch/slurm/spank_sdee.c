@@ -430,7 +430,7 @@ static int exchange(int s, const char *text, char *reply, size_t size)
 {
 	unsigned char head[4];
 	uint32_t length = strlen(text);
-	char ancillary[CMSG_SPACE(64 * sizeof(int))];
+	_Alignas(struct cmsghdr) char ancillary[CMSG_SPACE(64 * sizeof(int))];
 	struct iovec io = {head, sizeof head};
 	struct msghdr message = {.msg_iov = &io, .msg_iovlen = 1, .msg_control = ancillary,
 				 .msg_controllen = sizeof ancillary};
@@ -490,7 +490,7 @@ static int ask_daemon(spank_t sp, uint32_t job)
 		goto out;
 	}
 	if (!strstr(reply, "\"ok\":true")) {
-		if (!member(reply, "error", failure, sizeof failure))
+		if (!member(reply, "error", failure, sizeof failure) || !*failure)
 			snprintf(failure, sizeof failure, "sdeed answered %.200s", reply);
 		goto out;
 	}
@@ -547,7 +547,8 @@ static void make_up_for_prolog(spank_t sp, uint32_t job)
 	pid_t pid;
 
 	snprintf(path, sizeof path, JOBS "/%u", job);
-	if (lock < 0 || flock(lock, LOCK_EX) || !lstat(path, &status) ||
+	/* As root nothing is run that a working directory might have. */
+	if (*python != '/' || lock < 0 || flock(lock, LOCK_EX) || !lstat(path, &status) ||
 	    spank_get_item(sp, S_JOB_UID, &uid) != ESPANK_SUCCESS)
 		goto out;
 	for (size_t i = 0; i < NAMES; i++) {
@@ -724,20 +725,21 @@ static int set_filter(void)
 }
 
 /* A directory of the host that the program inherits would be a way out of the instance. */
-static void keep_no_directories(void)
+static int keep_no_directories(void)
 {
 	DIR *list = opendir("/proc/self/fd");
 	struct dirent *entry;
 	struct stat status;
 
 	if (!list)
-		return;
+		return -1;
 	while ((entry = readdir(list))) {
 		int fd = atoi(entry->d_name);
 		if (fd > 2 && !fstat(fd, &status) && S_ISDIR(status.st_mode))
 			fcntl(fd, F_SETFD, FD_CLOEXEC);
 	}
 	closedir(list);
+	return 0;
 }
 
 int slurm_spank_task_init(spank_t sp, int ac, char **av)
@@ -767,8 +769,9 @@ int slurm_spank_task_init(spank_t sp, int ac, char **av)
 	/* A directory that only the environment has: slurmstepd went to /tmp in its place. */
 	if (!strcmp(directory, "/tmp") && *from == '/' && access(from, X_OK))
 		strcpy(directory, from);
-	keep_no_directories();
-	if (setns(fds[FD_USER], CLONE_NEWUSER))
+	if (keep_no_directories())
+		fail("/proc/self/fd");
+	else if (setns(fds[FD_USER], CLONE_NEWUSER))
 		fail("the instance's user namespace");
 	else if (setns(fds[FD_MOUNT], CLONE_NEWNS))
 		fail("the instance's mount namespace");
