@@ -344,7 +344,7 @@ def _ensure(place: str, source: str, number: int, limit: int) -> tuple[int, int,
         if error.errno not in FULL:
             raise
         raise DeployProblem(
-            f"{place}: {error.strerror}, though nothing is cached there that no job uses"
+            f"{place}: {error.strerror}, and nothing unused is cached there"
         ) from None
 
 

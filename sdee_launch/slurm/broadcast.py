@@ -22,6 +22,7 @@ from sdee_launch.accounts import Account
 from sdee_launch.deploy import api
 from sdee_launch.deploy.errors import DeployProblem
 from sdee_launch.site import as_user
+from sdee_launch.slurm import hook
 
 INBOX = "/var/lib/sdee/inbox"
 #: Seconds that a node waits for its bundle.
@@ -88,6 +89,15 @@ def ask(job: int, identity: str, generation: int, everything: bool) -> None:
         )
 
 
+def give_up(wish: Wish, reason: str) -> None:
+    """From the login node: the job's nodes needn't wait, the job fails. Raises OSError."""
+    text = hook.note(os.uname().nodename, reason, wish.restarts)
+    subprocess.run(
+        ["scontrol", "update", f"JobId={wish.job}", f"AdminComment={text}"],
+        timeout=120, check=False, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+
+
 def _marker(everything: bool) -> str:
     return "all" if everything else "new"
 
@@ -131,7 +141,7 @@ def _still_wanted(job: int) -> None:
         return
     failed = re.search(r"AdminComment=sdee: (.*?)(?: \w+=|$)", done.stdout)
     if failed:
-        raise DeployProblem(f"another node failed: {failed[1].strip()}")
+        raise DeployProblem(f"elsewhere it failed: {failed[1].strip()}")
     if "JobState=RUNNING" not in done.stdout and "CONFIGURING" not in done.stdout:
         raise DeployProblem("the job has ended")
 
@@ -215,4 +225,7 @@ def _sbcast(account: Account, job: int, source: str, target: str) -> None:
         extra_groups=account.groups, cwd="/", env={"PATH": os.defpath, "HOME": account.home},
     )  # fmt: skip
     if done.returncode:
-        raise DeployProblem(f"sbcast: {done.stderr.strip() or f'exit {done.returncode}'}")
+        said = done.stderr.strip().removeprefix("sbcast: error: ") or f"exit {done.returncode}"
+        # What slurmd had no number for, such as a full disk: the reason is in its log alone.
+        more = " (that node's slurmd.log says why)" if "Unspecified" in said else ""
+        raise DeployProblem(f"sbcast: {said}{more}")

@@ -28,6 +28,8 @@ PREPARE_SECONDS = 1800.0
 LOOK_AGAIN = 20.0
 #: The last reasons why jobs could not start here, newest last; for `sdee node`.
 ERRORS: list[dict[str, object]] = []
+#: Jobs whose instances are being made now; and whether their Epilog was here meanwhile.
+_prepared_now: dict[int, bool] = {}
 
 _NODE = "sdee_launch.slurm.node"
 
@@ -70,6 +72,7 @@ async def job_submit(daemon: Daemon, request: Request) -> Reply:
             "generation": generation,
             "exclude": list(request.strings("exclude")),
             "transport": request.get("transport", str, ""),
+            "outputs": list(request.strings("outputs")),
         },
     )
     result = _result(reply)
@@ -88,8 +91,27 @@ async def job_submit(daemon: Daemon, request: Request) -> Reply:
 
 @operation("job-prepare", admin=True, seconds=PREPARE_SECONDS)
 async def job_prepare(daemon: Daemon, request: Request) -> Reply:
-    """From Prolog: bring the generation here and make the job's instance."""
-    job, uid = request.get("job", int), request.get("uid", int)
+    """From Prolog: bring the generation here and make the job's instance.
+
+    A Prolog that takes too long is killed by Slurm: what was being made for it ends when it is there.
+    """
+    job = request.get("job", int)
+    while job in _prepared_now:  # for an earlier run of it, which was requeued
+        await trio.sleep(0.1)
+    _prepared_now[job] = False
+    try:
+        reply = await _prepare(daemon, request, job)
+        record = records.read(job)
+        if _prepared_now[job] and record is not None:
+            await _end(daemon, record)
+            raise Refused(f"job {job} has ended meanwhile")
+        return reply
+    finally:
+        del _prepared_now[job]
+
+
+async def _prepare(daemon: Daemon, request: Request, job: int) -> Reply:
+    uid = request.get("uid", int)
     node = request.get("node", str, os.uname().nodename)
     variables = {name: str(value) for name, value in _mapping(request.fields.get("wanted")).items()}
     reference = variables.get("ref", "")
@@ -191,6 +213,8 @@ async def job_save(daemon: Daemon, request: Request) -> Reply:
 async def job_end(daemon: Daemon, request: Request) -> Reply:
     """From Epilog: end the instance and remove what the job wrote. Twice is harmless."""
     job = request.get("job", int)
+    if job in _prepared_now:
+        _prepared_now[job] = True
     record = records.read(job)
     if record is None:
         return Reply({})
@@ -215,7 +239,8 @@ async def _end(daemon: Daemon, record: records.Record) -> None:
             await daemon.end(live)
     if record.init:
         instances.kill(process)
-    if record.place:
+    # A job that failed has no place, and may have left what came by sbcast.
+    if record.place or record.job in broadcast.waiting():
         await daemon.call(record.uid, f"{_NODE}:clear", {"uid": record.uid, "job": record.job})
     await trio.to_thread.run_sync(records.forget, record.job)
 

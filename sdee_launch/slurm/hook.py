@@ -17,9 +17,12 @@ from sdee_launch.slurm import records
 
 #: A daemon that is restarting is waited for this long.
 PATIENCE = 6.0
+#: A large generation over a slow network is waited for; Slurm says when a Prolog takes too long.
+REPLY_SECONDS = 3600.0
 
 
 def _request(op: str, **fields: object) -> dict[str, object]:
+    protocol.REPLY_TIMEOUT = REPLY_SECONDS
     deadline = time.monotonic() + PATIENCE
     while True:
         try:

@@ -33,14 +33,37 @@ def _account(uid: int) -> tuple[Account, config.Settings]:
 
 
 def submit(
-    uid: int, environment: str, generation: int, exclude: list[str], transport: str
+    uid: int,
+    environment: str,
+    generation: int,
+    exclude: list[str],
+    transport: str,
+    outputs: list[str],
 ) -> dict[str, object]:
-    """Publish the present state of an environment (or name a generation that is published)."""
+    """Publish the present state of an environment (or name a generation that is published).
+
+    `outputs`: files that Slurm is to write outside of the environment.
+    """
     account, settings = _account(uid)
     try:
-        return transfer.publish(account, settings, environment, generation, exclude, transport)
+        done = transfer.publish(account, settings, environment, generation, exclude, transport)
     except (EnvironmentProblem, transfer.TransferError) as error:
         raise Refused(str(error)) from None
+    with as_user(account):
+        lost = [path for path in outputs if not _can_be_written(path)]
+    warnings = [str(done["warning"])] if done["warning"] else []
+    if lost:
+        warnings.append(
+            f"Slurm writes output outside of the environment, where {' and '.join(lost)} can't be"
+            " made: the job will fail without a word; use --output=FILE in your home"
+        )
+    return {**done, "warning": "\n".join(warnings)}
+
+
+def _can_be_written(path: str) -> bool:
+    """By the effective user, who may have to make it."""
+    there = path if os.path.lexists(path) else os.path.dirname(path)
+    return os.access(there, os.W_OK, effective_ids=True)
 
 
 def prepare(uid: int, job: int, variables: dict[str, str]) -> dict[str, object]:

@@ -29,8 +29,13 @@ log = logging.getLogger("sdeed")
 SOON, LATER = 0.3, 3.0
 #: Seconds without any job of the user after which a promise is dropped.
 IDLE = 120.0
+#: Of errors that these are in the cause is that a node's Prolog is late: it has no inbox yet.
+LATE = ("Permission denied", "No such file")
+#: Any other may pass: so often it is tried, after 1, 2, 4 … seconds.
+TRIES = 4
 _running: set[int] = set()  # daemons (by id) whose loop runs
 _sent: set[broadcast.Wish] = set()
+_failed: dict[broadcast.Wish, tuple[int, float]] = {}  # how often; when it is tried again
 
 
 def _directory(daemon: Daemon) -> Path:
@@ -73,11 +78,19 @@ async def _look(daemon: Daemon) -> None:
 
 
 async def _try(daemon: Daemon, wish: broadcast.Wish) -> None:
+    tries, when = _failed.get(wish, (0, 0.0))
+    if time.monotonic() < when:
+        return
     try:
         await _keep(daemon, wish)
     except (Refused, OSError, ValueError) as error:
-        # Next time: a node whose Prolog is late has no inbox yet.
         log.warning("job %d: %s", wish.job, error)
+        if any(word in str(error) for word in LATE):
+            return
+        _failed[wish] = (tries + 1, time.monotonic() + 2**tries)
+        if tries + 1 == TRIES:
+            _sent.add(wish)
+            await trio.to_thread.run_sync(broadcast.give_up, wish, str(error))
 
 
 async def _keep(daemon: Daemon, wish: broadcast.Wish) -> None:

@@ -21,6 +21,8 @@ from sdee_launch import protocol
 INSIDE = "/run/sdee/inside"
 #: Of the submitter's variables, what a job takes: for one job on another engine, or by another way.
 CHOSEN = ("engine", "transport")
+#: A snapshot of a large upper takes its time.
+REPLY_SECONDS = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,15 +103,33 @@ def joins_a_job(line: Sequence[str], program: str) -> bool:
     return any(word.startswith("--jobi") for word in options)
 
 
+def _caller() -> tuple[list[str], str]:
+    """The command line and the program of the Slurm command that runs this. Raises OSError."""
+    caller = f"/proc/{os.getppid()}"
+    with open(f"{caller}/cmdline", "rb") as file:
+        line = [os.fsdecode(word) for word in file.read().split(b"\0")[:-1]]
+    return line, os.readlink(f"{caller}/exe")
+
+
 def _caller_joins_a_job() -> bool:
     """As joins_a_job, for the srun that runs this."""
-    caller = f"/proc/{os.getppid()}"
     try:
-        with open(f"{caller}/cmdline", "rb") as file:
-            line = [os.fsdecode(word) for word in file.read().split(b"\0")[:-1]]
-        return joins_a_job(line, os.readlink(f"{caller}/exe"))
+        return joins_a_job(*_caller())
     except OSError:
         return False
+
+
+def _outputs() -> list[str]:
+    """Where the sbatch that runs this has its job's output; empty for other commands."""
+    try:
+        line, program = _caller()
+        if os.path.basename(program) != "sbatch":
+            return []
+        from sdee_launch.slurm import output
+
+        return output.of_command(line, program, os.environ, os.getcwd())
+    except OSError:  # sbatch will say so
+        return []
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -142,12 +162,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             value = os.environ.get(f"SDEE_JOB_{name.upper()}")
             if value:
                 fields[name] = value
+        outputs = _outputs()
+        if outputs:
+            fields["outputs"] = outputs
+        protocol.REPLY_TIMEOUT = REPLY_SECONDS
         reply, _ = protocol.request("job-submit", **fields)  # type: ignore[arg-type]
     except (SubmitError, protocol.Refused, protocol.Unavailable) as error:
         print(f"sdee: {error}", file=sys.stderr)
         return 1
-    warning = reply.get("warning")
-    if warning:
+    for warning in str(reply.get("warning", "")).splitlines():
         print(f"sdee: {warning}", file=sys.stderr)
     variables = reply["variables"]
     assert isinstance(variables, dict)

@@ -20,18 +20,23 @@ class Options:
 
     long: frozenset[str]
     short: frozenset[str]
+    #: Those that take none, by their whole names: --wait is no short --wait-all-nodes.
+    flags: frozenset[str] = frozenset()
 
 
 def parse_help(text: str) -> Options:
     """From the output of --help; `--name[=value]` takes none in a word of its own."""
-    long, short = set(), set()
+    long, short, flags = set(), set(), set()
     for line in text.splitlines():
         match = _OPTION.match(line)
-        if match and match["value"] == "=":
+        # Of --wrap sbatch's help says that it needs none; it does.
+        if match and (match["value"] == "=" or match["long"] == "wrap"):
             long.add(match["long"])
             if match["short"]:
                 short.add(match["short"])
-    return Options(frozenset(long), frozenset(short))
+        elif match:
+            flags.add(match["long"])
+    return Options(frozenset(long), frozenset(short), frozenset(flags))
 
 
 def options_of(command: str) -> Options:
@@ -53,7 +58,7 @@ def split(words: Sequence[str], options: Options) -> tuple[list[str], list[str]]
             return list(words[:at]), list(words[at + 1 :])
         if word.startswith("--"):
             name, equals, _ = word[2:].partition("=")
-            at += 1 if equals or not _takes(name, options.long) else 2
+            at += 1 if equals or not _takes(name, options) else 2
         elif word.startswith("-") and len(word) > 1:
             at += 2 if _last_takes(word[1:], options.short) else 1
         else:
@@ -61,9 +66,9 @@ def split(words: Sequence[str], options: Options) -> tuple[list[str], list[str]]
     return list(words), []
 
 
-def _takes(name: str, long: frozenset[str]) -> bool:
+def _takes(name: str, options: Options) -> bool:
     """getopt_long(3) takes any unambiguous beginning of a name."""
-    return name in long or any(known.startswith(name) for known in long)
+    return name not in options.flags and any(known.startswith(name) for known in options.long)
 
 
 def _last_takes(letters: str, short: frozenset[str]) -> bool:

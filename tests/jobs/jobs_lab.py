@@ -136,7 +136,8 @@ class SdeeCluster(Cluster):
     def left_overs(self, node: str) -> dict[str, object]:
         """All that a job may have left on a node; empty values are well."""
         inner = self.run(
-            node, "ls -A /run/sdee/jobs 2>/dev/null; ls -A /var/lib/sdee/jobs 2>/dev/null"
+            node,
+            "for d in /run/sdee/jobs /var/lib/sdee/{jobs,inbox}; do ls -A $d 2>/dev/null; done",
         )
         mounts = self.run(node, ["cat", "/proc/self/mountinfo"]).ok()
         ps = json.loads(self.run(node, ["sdee", "node", "--json"]).ok())

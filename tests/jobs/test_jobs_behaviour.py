@@ -257,6 +257,15 @@ def test_a_directory_that_only_the_environment_has(cluster: SdeeCluster, alice: 
     assert found == ["/opt/only", "/opt/only/sub", "/tmp", "/opt/only/sub"]
 
 
+def test_output_that_only_the_environment_could_have_is_warned_of(
+    cluster: SdeeCluster, alice: User
+) -> None:
+    line = "mkdir -p /opt/only; cd /opt/only; sbatch --wrap true"
+    assert "/opt/only/slurm-%j.out can't be made" in cluster.inside(line, alice.name).err
+    for fine in ("-o ~/fine.out", "-o /dev/null -D /opt/only", "--chdir=$HOME"):
+        assert cluster.inside(f"cd /opt; sbatch {fine} --wrap true", alice.name).err == ""
+
+
 def test_a_job_of_a_job_inherits_no_environment(cluster: SdeeCluster, alice: User) -> None:
     look = "env | grep -c SPANK_SDEE; ls /etc/whose"
     cluster.inside(f"srun sbatch -W --sdee=no -o ~/none.out --wrap '{look}'", alice.name)

@@ -65,10 +65,16 @@ def test_full_disk_on_one_node_fails_the_whole_job_with_the_reason(
     ).ok()
     try:
         many = "head -c 2000000 /dev/urandom > /opt/much; "
-        done = cluster.inside(many + "srun -N3 touch ~/full-$SLURM_JOB_ID", alice.name, "full")
-        assert done.code != 0
-        assert "n2" in done.err
-        assert "No space left on device" in done.err
+        for transport in ("shared", "sbcast"):
+            done = cluster.inside(
+                many + "srun -N3 touch ~/full-$SLURM_JOB_ID", alice.name, "full",
+                env={"SDEE_JOB_TRANSPORT": transport},
+            )  # fmt: skip
+            assert done.code != 0
+            assert "n2" in done.err
+            reason = "No space left on device" if transport == "shared" else "BCAST(n2)"
+            assert reason in done.err
+        cluster.wait_clean()
         (alice.home / "full.sh").write_text(
             "#!/bin/sh\n#SBATCH -N3 -o full.out\ntouch full-batch\n"
         )

@@ -6,18 +6,24 @@ import dataclasses
 import os
 import subprocess
 from pathlib import Path
+from typing import cast
 
 import pytest
+import trio
 
 from sdee_launch import protocol
 from sdee_launch.config import Settings
+from sdee_launch.daemon import Daemon
+from sdee_launch.daemon_ops import Reply, Request
 from sdee_launch.slurm import (
     broadcast,
     clients,
     conf,
+    daemon_jobs,
     hook,
     identity,
     install,
+    output,
     records,
     rootless,
     submit,
@@ -84,6 +90,21 @@ def test_submit_prints_what_prolog_is_to_know(
     assert out.err == "sdee: big\n"
 
 
+@pytest.mark.parametrize(
+    ("line", "script", "where"),
+    [
+        ("", "", ["/here/slurm-%j.out"]),
+        ("-N2 --output=a/b.out -eerr", "", ["/here/a/b.out", "/here/err"]),
+        ("-D /there -o %x", "#!/bin/sh\n#SBATCH -o no -e 'my err' # x\n", ["/there/%x", "/there/my err"]),
+        ("", "#!/bin/sh\n\n#SBATCH --chdir=sub -o /a/%j\nls\n#SBATCH -o no\n", ["/a/%j"]),
+        ("-o %j/out", "", []),
+    ],
+)  # fmt: skip
+def test_where_output_goes(line: str, script: str, where: list[str]) -> None:
+    assert output.paths(line.split(), script, {}, "/here") == where
+    assert output.paths([], "#SBATCH -o a", {"SBATCH_OUTPUT": "b"}, "/") == ["/b"]
+
+
 def test_submit_without_daemon_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -141,6 +162,60 @@ def test_prolog_s_last_resort_is_a_record(tmp_path: Path, monkeypatch: pytest.Mo
     record = records.read(12, tmp_path / "jobs")
     assert record is not None
     assert (record.uid, record.failure) == (77, "the Prolog of SDEE could not run")
+
+
+def test_a_slow_snapshot_or_deployment_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: dict[str, float] = {}
+
+    def request(op: str, **fields: object) -> tuple[dict[str, object], list[int]]:
+        waited[op] = protocol.REPLY_TIMEOUT
+        return {"variables": {}}, []
+
+    monkeypatch.setattr(protocol, "request", request)
+    for op, ask in (
+        ("job-submit", lambda: submit.main(["--sdee", "main"])),
+        ("job-prepare", lambda: hook._request("job-prepare")),
+    ):
+        monkeypatch.setattr(protocol, "REPLY_TIMEOUT", 120.0)
+        ask()
+        assert waited[op] > daemon_jobs.PREPARE_SECONDS
+
+
+def test_what_is_ready_after_its_epilog_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm kills a Prolog that takes longer than PrologEpilogTimeout, and then calls Epilog."""
+    known: dict[int, records.Record] = {}
+    ended: list[int] = []
+
+    async def prepare(daemon: object, request: Request, job: int) -> Reply:
+        await trio.sleep(0.02)
+        known[job] = records.Record(job, 1000, "main@1")
+        return Reply({})
+
+    async def end(daemon: object, record: records.Record) -> None:
+        ended.append(record.job)
+        del known[record.job]
+
+    monkeypatch.setattr(daemon_jobs, "_prepare", prepare)
+    monkeypatch.setattr(daemon_jobs, "_end", end)
+    monkeypatch.setattr(records, "read", known.get)
+    daemon = cast(Daemon, None)
+    asked = Request("", {"job": 7, "uid": 1000}, 0, 0, 1, ())
+
+    async def both() -> None:
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(refused)
+            await trio.sleep(0.01)
+            await daemon_jobs.job_end(daemon, asked)
+            assert not ended
+            nursery.start_soon(daemon_jobs.job_prepare, daemon, asked)  # the job's second run
+
+    async def refused() -> None:
+        with pytest.raises(protocol.Refused, match="ended meanwhile"):
+            await daemon_jobs.job_prepare(daemon, asked)
+
+    trio.run(both)
+    assert ended == [7]
+    assert list(known) == [7]
 
 
 def test_records(tmp_path: Path) -> None:
@@ -261,6 +336,9 @@ HELP = """
       --exclusive[=user]      allocate nodes in exclusive mode when
       --mpi=type              type of MPI being used
   -v, --verbose               verbose mode (multiple -v's increase verbosity)
+  -W, --wait                  wait for completion of submitted job
+      --wait-all-nodes=num    wait for all nodes to be allocated if set
+      --wrap[=command string] wrap command string in a sh script and submit
 """
 
 
@@ -268,6 +346,9 @@ HELP = """
     ("line", "options"),
     [
         ("./a.out -n 3", 0),
+        ("--wait job.sh 3", 1),
+        ("--wait-all 1 job.sh", 2),
+        ("-W --wrap hostname", 3),
         ("-n 6 -N3 ./a.out", 3),
         ("--nodes 3 --mpi=pmix --exclusive ./a.out --mpi x", 4),
         ("-vKn 6 ./a.out", 2),
