@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from pathlib import Path
@@ -40,10 +41,28 @@ def parse(text: str) -> dict[str, str]:
     return found
 
 
+def text_of(path: Path, root: Path = Path("/"), depth: int = 8) -> str:
+    """A slurm.conf, with the files that it includes in their places. Raises OSError.
+
+    One that can't be read is none: Slurm itself will say so. Names are seen below `root`.
+    """
+    found = []
+    for line in path.read_text(errors="replace").splitlines():
+        word, _, name = line.strip().partition(" ")
+        if word.lower() != "include" or not depth:
+            found.append(line)
+            continue
+        name = name.split("#", 1)[0].strip()
+        below = root / name.lstrip("/") if name.startswith("/") else path.parent / name
+        with contextlib.suppress(OSError):
+            found.append(text_of(below, root, depth - 1))
+    return "\n".join(found)
+
+
 def read() -> dict[str, str]:
     """The parameters of this node; empty where there is no Slurm. Raises OSError."""
     place = directory()
-    return parse((place / "slurm.conf").read_text(errors="replace")) if place else {}
+    return parse(text_of(place / "slurm.conf")) if place else {}
 
 
 def spool_directory(parameters: dict[str, str]) -> str:

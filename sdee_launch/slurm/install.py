@@ -130,13 +130,14 @@ def install(root: Path = Path("/"), write: bool = True, python: str = sys.execut
     if _put_block(plugstack, [stack]):
         said.append(f"{plugstack}: {stack}")
     there = slurm_conf.exists()
-    taken = _taken(slurm_conf.read_text()) if there else []
+    taken = _taken(slurm_conf, root) if there else {}
     if there and not taken:
         if _put_block(slurm_conf, lines):
             said += [f"{slurm_conf}: {line}" for line in lines]
+    elif there:
+        said += [f"{slurm_conf} is left alone", *(f"    {x}" for x in beside(taken, library))]
     else:
-        why = f"it sets {', '.join(taken)} already" if taken else "there is none"
-        said += [f"{slurm_conf} is left alone ({why}); it needs:", *(f"    {x}" for x in lines)]
+        said += [f"there is no {slurm_conf}; it needs:", *(f"    {x}" for x in lines)]
     said.append("then, on the controller: scontrol reconfigure")
     return said
 
@@ -150,24 +151,40 @@ def _put_block(path: Path, lines: list[str]) -> bool:
     return new != old
 
 
-def _taken(text: str) -> list[str]:
-    """Parameters of ours that slurm.conf sets outside our block."""
-    ours = ("prolog", "epilog", "prologflags")
-    found = []
-    for line in with_block(text, []).splitlines():
-        name = line.split("#", 1)[0].partition("=")[0].strip()
-        if name.lower() in ours:
-            found.append(name)
-    return found
+def _taken(path: Path, root: Path) -> dict[str, str]:
+    """Parameters of ours that slurm.conf, or what it includes, sets outside our block."""
+    found = conf.parse(with_block(conf.text_of(path, root), []))
+    return {name: found[name] for name in ("prolog", "epilog", "prologflags") if name in found}
+
+
+def beside(taken: dict[str, str], library: Path) -> list[str]:
+    """What the administrator has to do where the site has hooks of its own, which stay."""
+    has = [flag for flag in re.split(r"[,\s]+", taken.get("prologflags", "")) if flag]
+    known = [flag.lower() for flag in has]
+    lacks = [flag for flag in FLAGS if flag.lower() not in known]
+    said = [f"PrologFlags={','.join([*has, *lacks])}"] if lacks else []
+    for name in ("Prolog", "Epilog"):
+        ours = str(library / f"sdee-{name.lower()}")
+        own = taken.get(name.lower(), "")
+        if not own:
+            said.append(f"{name}={ours}")
+        elif own != ours:
+            said.append(f"{name}={own} stays; add this line to it: [ ! -x {ours} ] || {ours}")
+    return said or ["it has all that it needs"]
 
 
 def uninstall(root: Path = Path("/")) -> list[str]:
     """Take all of it away; returns what to print. Idempotent."""
     said = []
     conf_directory = root / (conf.directory() or Path("/etc/slurm")).relative_to("/")
-    for path in (conf_directory / "plugstack.conf", conf_directory / "slurm.conf"):
+    slurm_conf = conf_directory / "slurm.conf"
+    for path in (conf_directory / "plugstack.conf", slurm_conf):
         if path.exists() and _put_block(path, []):
             said.append(f"{path}: our lines removed")
+    if slurm_conf.exists():
+        left = [x for x in _taken(slurm_conf, root).values() if identity.LIBRARY in x]
+        if left:
+            said.append(f"{slurm_conf} names {' and '.join(left)}: take that out, or nodes drain")
     for name in (PLUGIN, identity.CLIENT, "sdee-prolog", "sdee-epilog"):
         path = root / identity.LIBRARY.lstrip("/") / name
         if path.exists():

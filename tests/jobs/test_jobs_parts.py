@@ -258,14 +258,23 @@ def test_install_writes_and_takes_back(tmp_path: Path, monkeypatch: pytest.Monke
     assert install.uninstall(tmp_path) == []
 
 
-def test_install_leaves_a_site_s_own_prolog_alone(tmp_path: Path) -> None:
+def test_install_leaves_a_site_s_own_prolog_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conf, "DIRECTORIES", ("/etc/slurm",))
     etc = tmp_path / "etc/slurm"
     etc.mkdir(parents=True)
-    (etc / "slurm.conf").write_text("ClusterName=x\nProlog=/site/prolog\n")
+    text = "ClusterName=x\nInclude /etc/slurm/more.conf # site\ninclude lost.conf\n"
+    (etc / "slurm.conf").write_text(text)
+    (etc / "more.conf").write_text("Prolog=/site/prolog\nPrologFlags=X11,contain\n")
     said = "\n".join(install.install(tmp_path))
-    assert "it sets Prolog already" in said
-    assert "Prolog=/usr/lib/sdee/sdee-prolog" in said
-    assert (etc / "slurm.conf").read_text() == "ClusterName=x\nProlog=/site/prolog\n"
+    ours = f"{identity.LIBRARY}/sdee-prolog"
+    assert f"Prolog=/site/prolog stays; add this line to it: [ ! -x {ours} ] || {ours}" in said
+    assert "PrologFlags=X11,contain,Alloc,DeferBatch" in said
+    assert f"Epilog={identity.LIBRARY}/sdee-epilog" in said
+    assert (etc / "slurm.conf").read_text() == text
+    (etc / "more.conf").write_text(f"Prolog={ours}\nEpilog=/site/epilog\n")
+    assert any(f"names {ours}: take that out" in x for x in install.uninstall(tmp_path))
 
 
 def test_client_program_runs_the_real_command_as_the_user(tmp_path: Path) -> None:
