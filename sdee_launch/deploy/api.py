@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 
 from sdee_launch.accounts import Account
 from sdee_launch.deploy import bundle, entries, generations
-from sdee_launch.deploy.cache import DEFAULT, Ensured, ensure, release
+from sdee_launch.deploy.cache import DEFAULT, FULL, Ensured, ensure, release
 from sdee_launch.deploy.entries import Entry
 from sdee_launch.deploy.errors import Damaged, DeployProblem
 from sdee_launch.deploy.exclude import DEFAULTS, Excluded
@@ -100,6 +100,10 @@ def submit(
                     opened, fd, excluded, checksum=checksum, level=level, progress=progress
                 )
                 opened.prune(keep)
+            except OSError as error:
+                if error.errno in FULL:
+                    raise DeployProblem(f"{state}: {error.strerror}") from None
+                raise
             finally:
                 os.close(fd)
             return {

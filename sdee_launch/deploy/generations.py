@@ -58,8 +58,16 @@ class State:
     def __init__(self, path: str, *, create: bool = True) -> None:
         self.path = path
         if create:
-            os.makedirs(path, mode=0o700, exist_ok=True)
+            # makedirs gives its mode to the last directory alone, and our umask may be 0.
+            umask = os.umask(0o077)
+            try:
+                os.makedirs(path, exist_ok=True)
+            finally:
+                os.umask(umask)
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        if os.fstat(self.fd).st_uid != os.getuid():
+            os.close(self.fd)
+            raise DeployProblem(f"{path} isn't yours; remove it")
         self._lock = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600, dir_fd=self.fd)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.identity = self._identity()

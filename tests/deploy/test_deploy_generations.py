@@ -525,6 +525,28 @@ def test_a_full_disk_is_told_and_nothing_is_half(lab: Lab) -> None:
         subprocess.run(["umount", "-l", lab.cache], check=True)
 
 
+def test_a_full_spool_is_named(lab: Lab) -> None:
+    import subprocess
+
+    owner = f"uid={lab.account.uid},gid={lab.account.gid}"
+    subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size=1m,mode=700,{owner}", "tmpfs", lab.state], check=True
+    )
+    try:
+
+        def big() -> None:
+            with open(f"{lab.upper}/big", "wb") as file:
+                file.write(os.urandom(4 << 20))
+
+        lab.inside(big)
+        with pytest.raises(DeployProblem, match=f"{lab.state}: No space left"):
+            lab.submit()
+        lab.inside(lambda: os.truncate(f"{lab.upper}/big", 100 << 10))
+        assert lab.submit().generation.number == 1
+    finally:
+        subprocess.run(["umount", "-l", lab.state], check=True)
+
+
 def test_a_generation_in_use_makes_no_room(lab: Lab) -> None:
     lab.inside(lambda: fill(lab.upper))
     made = lab.submit()

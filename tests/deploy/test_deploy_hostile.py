@@ -228,6 +228,21 @@ def test_a_cache_directory_of_somebody_else_is_refused(lab: Lab) -> None:
         lab.ensure(lab.submit())
 
 
+def test_nobody_else_has_a_say_in_a_spool(lab: Lab) -> None:
+    upper = lab.upper
+    state = f"{lab.place}/home/spool/main"
+    os.mkdir(f"{lab.place}/home")
+    os.chown(f"{lab.place}/home", lab.account.uid, lab.account.gid)
+    api.submit(lab.account, upper, state)
+    for path in (state, os.path.dirname(state)):
+        assert os.stat(path).st_mode & 0o777 == 0o700
+    os.mkdir(f"{state}.other", 0o777)
+    os.chmod(f"{state}.other", 0o777)
+    with pytest.raises(DeployProblem, match="isn't yours"):
+        api.submit(lab.account, upper, f"{state}.other")
+    assert os.listdir(f"{state}.other") == []
+
+
 def test_whoever_unpacks_is_not_root(lab: Lab) -> None:
     host = lab.inside(lambda: [os.stat("/etc/passwd").st_uid, os.access("/etc/shadow", os.R_OK)])
     assert host == [65534, False]
