@@ -10,9 +10,11 @@ It imports little: an srun of a user without an environment must not feel it.
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sdee_launch import protocol
@@ -23,6 +25,8 @@ INSIDE = "/run/sdee/inside"
 CHOSEN = ("engine", "transport")
 #: A snapshot of a large upper takes its time.
 REPLY_SECONDS = 3600.0
+#: After so many seconds of it the user is told what is waited for.
+SILENCE = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,21 @@ def _outputs() -> list[str]:
         return []
 
 
+@contextlib.contextmanager
+def _told_if_slow(environment: str) -> Iterator[None]:
+    def tell(_signal: int, _frame: object) -> None:
+        text = f"sdee: what is new in {environment} is being packed (sdee deploy plan: how much)"
+        print(text, file=sys.stderr, flush=True)
+
+    before = signal.signal(signal.SIGALRM, tell)
+    signal.setitimer(signal.ITIMER_REAL, SILENCE)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point."""
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -166,7 +185,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if outputs:
             fields["outputs"] = outputs
         protocol.REPLY_TIMEOUT = REPLY_SECONDS
-        reply, _ = protocol.request("job-submit", **fields)  # type: ignore[arg-type]
+        with _told_if_slow(choice.environment):
+            reply, _ = protocol.request("job-submit", **fields)  # type: ignore[arg-type]
     except (SubmitError, protocol.Refused, protocol.Unavailable) as error:
         print(f"sdee: {error}", file=sys.stderr)
         return 1

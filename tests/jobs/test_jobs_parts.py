@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import subprocess
+import time
 from pathlib import Path
 from typing import cast
 
@@ -164,11 +165,15 @@ def test_prolog_s_last_resort_is_a_record(tmp_path: Path, monkeypatch: pytest.Mo
     assert (record.uid, record.failure) == (77, "the Prolog of SDEE could not run")
 
 
-def test_a_slow_snapshot_or_deployment_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_snapshot_or_deployment_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     waited: dict[str, float] = {}
+    monkeypatch.setattr(submit, "SILENCE", 0.01)
 
     def request(op: str, **fields: object) -> tuple[dict[str, object], list[int]]:
         waited[op] = protocol.REPLY_TIMEOUT
+        time.sleep(0.05)
         return {"variables": {}}, []
 
     monkeypatch.setattr(protocol, "request", request)
@@ -179,6 +184,7 @@ def test_a_slow_snapshot_or_deployment_is_waited_for(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(protocol, "REPLY_TIMEOUT", 120.0)
         ask()
         assert waited[op] > daemon_jobs.PREPARE_SECONDS
+    assert capsys.readouterr().err.count("what is new in main is being packed") == 1
 
 
 def test_what_is_ready_after_its_epilog_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
