@@ -212,8 +212,24 @@ _ROOMS = {
 }
 
 
+def _have_streams() -> None:
+    """Those that the caller closed are /dev/null: a layer's descriptor must not take their number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            null = os.open(os.devnull, os.O_RDWR)
+            if null != number:
+                os.dup2(null, number)
+                os.close(null)
+        if getattr(sys, name) is None:
+            mode = "w" if number else "r"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    _have_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     if (
         len(words) >= 2

@@ -99,12 +99,27 @@ def _mount(arguments: argparse.Namespace, server: Background | None) -> int:
         options = replace(options, work=None)  # nothing is written there
     level = arguments.log_level or "warning"
     log_file = None if arguments.log_file is None else os.path.abspath(arguments.log_file)
+    if log_file is not None:
+        _try_log(log_file)
     if arguments.foreground:
         say(f"engine fuse: serving {_text(merged)} in the foreground")
         return foreground(options, merged, level, log_file)
     pid = (server or Background()).serve(options, merged, level, log_file)
     say(f"engine fuse: process {pid} serves {_text(merged)}")
     return OK
+
+
+def _try_log(path: str) -> None:
+    """Refuse a log that can't be written, for later nobody would hear of it."""
+    from sdeefs.refusals import Refused
+
+    there = os.path.exists(path)
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        if not there:
+            os.unlink(path)  # made with its first line
+    except OSError as error:
+        raise Refused(f"log file {path}: {error.strerror}") from None
 
 
 def _text(path: bytes) -> str:

@@ -214,7 +214,7 @@ def lock_layers(options: Options, patience: float = 10.0) -> list[int]:
                 for other_fd in held:
                     os.close(other_fd)
                 raise Refused(
-                    f"{what} {text(path)} is in use: {user or 'another sdeefs mount'}"
+                    f"{what} {text(path)} is in use: {user or _holder(path)}"
                     " has it (unmount that first)"
                 ) from None
             except OSError as error:
@@ -225,6 +225,18 @@ def lock_layers(options: Options, patience: float = 10.0) -> list[int]:
                 held.append(fd)
             break
     return held
+
+
+def _holder(path: bytes) -> str:
+    """Who has the lock of a layer, where no mount of this mount namespace does."""
+    found = os.stat(path)
+    key = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
+    with open("/proc/locks", encoding="ascii") as file:
+        for line in file:
+            words = line.split()  # 1: FLOCK ADVISORY WRITE PID MAJOR:MINOR:INODE …
+            if words[1] == "FLOCK" and words[5:6] == [key] and int(words[4]) > 0:
+                return f"process {words[4]}, which serves another mount namespace,"
+    return "another sdeefs mount"
 
 
 def _sdeefs_user(path: bytes) -> str | None:

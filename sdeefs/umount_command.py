@@ -11,7 +11,7 @@ import signal
 import subprocess
 from typing import Any
 
-from mount_helpers.mountinfo import Mount, mount_at
+from mount_helpers.mountinfo import Mount, mount_at, read_mounts
 from mount_helpers.syscalls import MNT_DETACH, MNT_FORCE, UMOUNT_NOFOLLOW, umount2
 from sdeefs.refusals import OUR_TYPE, Refused, absolute, is_ours, text
 
@@ -83,7 +83,7 @@ def unmount(merged: bytes, *, lazy: bool = False, force: bool = False, wait: flo
     if server is not None and force:
         _end(server)
     elif server is not None:
-        _wait(server, 0 if lazy else wait, point)
+        _wait(server, 0 if lazy else wait, point, mount.device[1])
 
 
 def _server(mount: Mount) -> int | None:
@@ -162,13 +162,21 @@ def _end_elsewhere(point: bytes) -> bool:
     return found
 
 
-def _wait(server: int, seconds: float, point: bytes) -> None:
+def _wait(server: int, seconds: float, point: bytes, minor: int) -> None:
     """Until the server has ended. One that keeps a moved or copied mount alive is left to it."""
+    import sys
+
+    copies = [text(m.point) for m in read_mounts() if m.device[1] == minor and m.fstype == OUR_TYPE]
+    if copies:
+        print(
+            f"sdeefs umount: {text(point)}: its server still runs, for {', '.join(copies)}",
+            file=sys.stderr,
+        )
+        os.close(server)
+        return
     try:
         ready = select.select([server], [], [], seconds)[0] if seconds else [server]
         if not ready and mount_at(point) is None:
-            import sys
-
             print(
                 f"sdeefs umount: {text(point)}: its server still runs: another mount namespace"
                 " has a copy of the mount (--force ends it there too)",

@@ -162,6 +162,30 @@ def test_what_cannot_be_remounted(lab: Lab) -> None:
     lab.umount()
 
 
+def test_streams_that_are_closed(lab: Lab) -> None:
+    words = (
+        f"exec {sys.executable} -m sdeefs mount {lab.upper} {lab.lower} {lab.merged} <&- >&- 2>&-"
+    )
+    assert subprocess.run(["sh", "-c", words], timeout=60, check=False).returncode == 0
+    assert (lab.merged / "file").read_text() == "of lower\n"
+    lab.umount()
+
+
+def test_a_log_that_cannot_be_written_is_refused(lab: Lab) -> None:
+    words = ("--log-file", lab.place / "no" / "log", lab.upper, lab.lower, lab.merged)
+    assert "no/log: No such file" in lab.sdeefs("mount", *words, status=1).stderr
+    assert not mounted(lab.merged)
+
+
+def test_a_copy_elsewhere_is_named(lab: Lab, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    lab.mount()
+    subprocess.run(["mount", "--bind", lab.merged, copy], check=True, timeout=30)
+    assert f"for {copy}" in lab.sdeefs("umount", lab.merged).stderr
+    lab.sdeefs("umount", copy)
+
+
 def test_errors_before_the_mount_reach_the_caller(lab: Lab) -> None:
     os.symlink("nowhere", lab.place / "dangling")
     refused = lab.sdeefs("mount", lab.upper, lab.place / "dangling", lab.merged, status=1)
