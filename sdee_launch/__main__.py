@@ -12,9 +12,9 @@ def main() -> int:
         status = int(session.main(arguments))
         if sys.stdout is not None:  # None: it was closed
             sys.stdout.flush()
-        import os
+        import posix  # `os` takes a millisecond, and so does taking the interpreter down
 
-        os._exit(status)  # taking the interpreter down takes a millisecond, and has nothing to do
+        posix._exit(status)
     if arguments == ["--version"]:
         import sdeefs
 

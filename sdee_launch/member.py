@@ -4,17 +4,16 @@ This process joins the user and mount namespace, forks the command into the PID 
 outside of that: it passes on signals, stops when the command stops, and ends as it ended. Terminal,
 session, process group, cgroup and limits are those of the caller.
 
-On the path of `sdee run`: no signal (which brings enum), nothing beyond what joining needs.
+On the path of `sdee run`, so it imports what protocol.py says: `posix` in place of `os`, `_signal` in
+place of `signal`, which brings enum.
 """
 
-from __future__ import annotations
-
 import _signal as signal  # type: ignore[import-not-found]
-import os
-import stat
+import posix
 import sys
+from _stat import S_ISDIR
 
-from sdee_launch import join
+from sdee_launch import join, protocol
 from sdee_launch.session import NotEntered, Target
 
 TYPE_CHECKING = False
@@ -24,12 +23,14 @@ if TYPE_CHECKING:  # typing and collections.abc cost more than all the rest
 
 _SI_KERNEL = 0x80
 _FD_NAMES = ("user", "mnt", "pid")
+#: Where there is no PATH, as os.defpath.
+_DEFAULT_PATH = "/bin:/usr/bin"
 
 
-def run(target: Target, command: Sequence[str], argv0: str | None) -> int:
+def run(target: Target, command: "Sequence[str]", argv0: str | None) -> int:
     """Enter, fork the command, stay with it; its exit status. Raises NotEntered."""
     try:
-        cwd: str | None = os.getcwd()
+        cwd: str | None = posix.getcwd()
     except OSError:
         cwd = None
     more = target.join.get("namespaces")
@@ -39,12 +40,12 @@ def run(target: Target, command: Sequence[str], argv0: str | None) -> int:
     except OSError as error:
         raise NotEntered(f"the instance of {target.environment}: {error.strerror}") from None
     foreground = _foreground()
-    alive, held = os.pipe2(os.O_CLOEXEC)
+    alive, held = posix.pipe2(posix.O_CLOEXEC)
     everything = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, everything)
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     try:
-        pid = os.fork()
+        pid = posix.fork()
     except OSError as error:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         raise NotEntered(
@@ -53,31 +54,31 @@ def run(target: Target, command: Sequence[str], argv0: str | None) -> int:
     if not pid:
         _child(target, command, argv0, cwd, before, alive, held)
     for name in [n for n in target.fds if n != "member"]:
-        os.close(target.fds.pop(name))
-    os.close(alive)
+        posix.close(target.fds.pop(name))
+    posix.close(alive)
     return _stay(pid, everything, foreground)
 
 
 def _child(
     target: Target,
-    command: Sequence[str],
+    command: "Sequence[str]",
     argv0: str | None,
     cwd: str | None,
     mask: set[int],
     alive: int,
     held: int,
-) -> NoReturn:
+) -> "NoReturn":
     """In the forked process: become the command."""
     status = 126
     try:
-        os.close(held)
+        posix.close(held)
         join.die_with_parent(signal.SIGKILL)
         _die_if_alone(alive)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # the interpreter ignores them
             signal.signal(number, signal.SIG_DFL)
         if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
-        variables = dict(os.environ)
+        variables = protocol.variables()
         variables["SDEE_ENVIRONMENT"] = target.environment
         given = target.join.get("environment")
         for name, value in (given if isinstance(given, dict) else {}).items():
@@ -97,15 +98,15 @@ def _child(
     except OSError as error:
         print(f"sdee: {error}", file=sys.stderr, flush=True)
     finally:
-        os._exit(status)
+        posix._exit(status)
 
 
 def _die_if_alone(alive: int) -> None:
     """Had the parent died before it was asked about, its end of the pipe would be closed."""
-    os.set_blocking(alive, False)
+    posix.set_blocking(alive, False)
     try:
-        if os.read(alive, 1) == b"":
-            os._exit(1)
+        if posix.read(alive, 1) == b"":
+            posix._exit(1)
     except BlockingIOError:
         pass
 
@@ -117,7 +118,7 @@ def _go(cwd: str | None, variables: dict[str, str]) -> None:
         if place is None:
             continue
         try:
-            os.chdir(place)
+            posix.chdir(place)
         except OSError:
             continue
         if place != cwd:
@@ -132,16 +133,16 @@ def _go(cwd: str | None, variables: dict[str, str]) -> None:
 
 def _close_directories() -> None:
     """A directory of the host that was left open would be a way out of the instance."""
-    for entry in os.listdir("/proc/self/fd"):
+    for entry in posix.listdir("/proc/self/fd"):
         fd = int(entry)
         try:
-            if stat.S_ISDIR(os.fstat(fd).st_mode) and os.get_inheritable(fd):
-                os.close(fd)
+            if S_ISDIR(posix.fstat(fd).st_mode) and posix.get_inheritable(fd):
+                posix.close(fd)
         except OSError:
             continue
 
 
-def become(command: Sequence[str], argv0: str | None, variables: dict[str, str]) -> NoReturn:
+def become(command: "Sequence[str]", argv0: str | None, variables: dict[str, str]) -> "NoReturn":
     """exec(2). Raises NotEntered with the shell's words for why not."""
     if sys.stdout is not None:  # None: it was closed
         sys.stdout.flush()
@@ -149,19 +150,19 @@ def become(command: Sequence[str], argv0: str | None, variables: dict[str, str])
     words = [argv0 or path, *command[1:]]
     try:
         if "/" in path:
-            os.execve(path, words, variables)
+            posix.execve(path, words, variables)
         _search(path, words, variables)
     except OSError as error:
         raise NotEntered(f"{path}: {error.strerror}") from error
 
 
-def _search(name: str, words: list[str], variables: dict[str, str]) -> NoReturn:
+def _search(name: str, words: list[str], variables: dict[str, str]) -> "NoReturn":
     """As os.execvpe, which imports `warnings` first: a millisecond. Raises OSError."""
     missing: OSError | None = None
     unusable: OSError | None = None
-    for place in variables.get("PATH", os.defpath).split(":"):
+    for place in variables.get("PATH", _DEFAULT_PATH).split(":"):
         try:
-            os.execve(os.path.join(place, name), words, variables)
+            posix.execve(f"{place}/{name}" if place else name, words, variables)
         except (FileNotFoundError, NotADirectoryError) as error:
             missing = error
         except OSError as error:
@@ -173,7 +174,7 @@ def _foreground() -> int | None:
     """The terminal's descriptor, if we are its foreground process group."""
     for fd in (0, 2, 1):
         try:
-            if os.tcgetpgrp(fd) == os.getpgrp():
+            if posix.tcgetpgrp(fd) == posix.getpgrp():
                 return fd
         except OSError:
             continue
@@ -187,7 +188,7 @@ def _stay(pid: int, everything: set[int], terminal: int | None) -> int:
         # A shell inside can't name our group when it gives the terminal back.
         if terminal is not None:
             try:
-                os.tcsetpgrp(terminal, os.getpgrp())
+                posix.tcsetpgrp(terminal, posix.getpgrp())
             except OSError:
                 pass
 
@@ -197,33 +198,33 @@ def _stay(pid: int, everything: set[int], terminal: int | None) -> int:
         if number == signal.SIGCHLD:
             while True:
                 try:
-                    done, status = os.waitpid(pid, os.WNOHANG | os.WUNTRACED)
+                    done, status = posix.waitpid(pid, posix.WNOHANG | posix.WUNTRACED)
                 except ChildProcessError:
                     return 1
                 if not done:
                     break
-                if os.WIFSTOPPED(status):
+                if posix.WIFSTOPPED(status):
                     take_terminal()
-                    os.kill(os.getpid(), signal.SIGSTOP)
+                    posix.kill(posix.getpid(), signal.SIGSTOP)
                     _continue(pid)
                     continue
                 take_terminal()
-                if os.WIFSIGNALED(status):
-                    return 128 + os.WTERMSIG(status)
-                return os.WEXITSTATUS(status)
+                if posix.WIFSIGNALED(status):
+                    return 128 + posix.WTERMSIG(status)
+                return posix.WEXITSTATUS(status)
         elif number == signal.SIGCONT:
             _continue(pid)
         elif info.si_code != _SI_KERNEL or number == signal.SIGHUP:
             # What the terminal sends, the command has got itself; but for its hang-up, of which
             # only the session's leader hears, and that is us after a login.
             try:
-                os.kill(pid, number)
+                posix.kill(pid, number)
             except OSError:
                 pass
 
 
 def _continue(pid: int) -> None:
     try:
-        os.kill(pid, signal.SIGCONT)
+        posix.kill(pid, signal.SIGCONT)
     except OSError:
         pass

@@ -73,6 +73,18 @@ def variable(name: str) -> str:
     return value.decode(sys.getfilesystemencoding(), "surrogateescape")
 
 
+def variables() -> dict[str, str]:
+    """All variables, with what was changed by `os`, if that is there."""
+    os = sys.modules.get("os")
+    if os is not None:
+        return dict(os.environ)
+    encoding = sys.getfilesystemencoding()
+    return {
+        name.decode(encoding, "surrogateescape"): value.decode(encoding, "surrogateescape")
+        for name, value in posix.environ.items()
+    }
+
+
 def _quote(text: str) -> str:
     if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
         return f'"{text}"'

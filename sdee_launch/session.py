@@ -156,11 +156,9 @@ def run(
     if inside is not None:
         if inside != environment and environment != "default":
             raise NotEntered(f"this is the inside of {inside}: leave it to enter {environment}")
-        import os
-
         from sdee_launch import member
 
-        member.become(command, argv0, dict(os.environ))
+        member.become(command, argv0, protocol.variables())
     target = find(environment, engine, [*more, *binds], rootless)
     if before is not None:
         before(target)
