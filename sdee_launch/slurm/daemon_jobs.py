@@ -239,9 +239,16 @@ async def _end(daemon: Daemon, record: records.Record) -> None:
             await daemon.end(live)
     if record.init:
         instances.kill(process)
-    # A job that failed has no place, and may have left what came by sbcast.
-    if record.place or record.job in broadcast.waiting():
-        await daemon.call(record.uid, f"{_NODE}:clear", {"uid": record.uid, "job": record.job})
+    try:
+        # A job that failed has no place, and may have left what came by sbcast.
+        if record.place or record.job in broadcast.waiting():
+            what: dict[str, object] = {"uid": record.uid, "job": record.job}
+            await daemon.call(record.uid, f"{_NODE}:clear", what)
+    except Refused as error:
+        # The next start of sdeed tries again. Who has no record isn't kept for a job that is over.
+        log.error("job %d: not all of it was removed: %s", record.job, error)
+        reason = f"at its end: {error}"
+        ERRORS.append({"job": record.job, "uid": record.uid, "time": time.time(), "reason": reason})
     await trio.to_thread.run_sync(records.forget, record.job)
 
 

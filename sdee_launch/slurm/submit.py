@@ -139,8 +139,7 @@ def _outputs() -> list[str]:
 @contextlib.contextmanager
 def _told_if_slow(environment: str) -> Iterator[None]:
     def tell(_signal: int, _frame: object) -> None:
-        text = f"sdee: what is new in {environment} is being packed (sdee deploy plan: how much)"
-        print(text, file=sys.stderr, flush=True)
+        print(f"sdee: what is new in {environment} is being packed", file=sys.stderr, flush=True)
 
     before = signal.signal(signal.SIGALRM, tell)
     signal.setitimer(signal.ITIMER_REAL, SILENCE)

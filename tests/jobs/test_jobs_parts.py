@@ -7,6 +7,7 @@ import os
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -222,6 +223,22 @@ def test_what_is_ready_after_its_epilog_is_ended(monkeypatch: pytest.MonkeyPatch
     trio.run(both)
     assert ended == [7]
     assert list(known) == [7]
+
+
+def test_a_job_that_can_t_be_cleared_is_over_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as where the site's cache_limit is no size."""
+    forgotten: list[int] = []
+
+    async def refuse(*_: object) -> None:
+        raise protocol.Refused("'lots' is no size")
+
+    nobody = SimpleNamespace(of=lambda uid: [])
+    daemon = cast(Daemon, SimpleNamespace(registry=nobody, call=refuse))
+    monkeypatch.setattr(daemon_jobs, "ERRORS", [])
+    monkeypatch.setattr(records, "forget", forgotten.append)
+    trio.run(daemon_jobs._end, daemon, records.Record(7, 1000, "main@1", place="/none"))
+    assert forgotten == [7]
+    assert "'lots' is no size" in str(daemon_jobs.ERRORS[0]["reason"])
 
 
 def test_records(tmp_path: Path) -> None:
