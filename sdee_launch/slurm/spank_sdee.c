@@ -215,7 +215,7 @@ static void forget(void)
 /* Which environment the job gets: the helper prints NAME=VALUE lines for the nodes' Prolog. */
 static int choose(spank_t sp)
 {
-	char out[TEXT], here[PATH_MAX], *line, *rest, *equals;
+	char out[TEXT], *line, *rest, *equals;
 
 	if (wanted && !strcmp(wanted, "no")) {
 		forget();
@@ -224,14 +224,10 @@ static int choose(spank_t sp)
 	if (spank_context() == S_CTX_LOCAL && getenv("SLURM_JOB_ID")) {
 		/* A step: its job has chosen. */
 		submitted = getenv("SDEE_JOB_REF") || getenv(TOLD "REF");
-		if (submitted && getcwd(here, sizeof here))
-			setenv(DIRECTORY, here, 1); /* of all components of a heterogeneous job */
 		return 0;
 	}
 	allocating = spank_context() == S_CTX_LOCAL;
 	forget();
-	if (allocating && getcwd(here, sizeof here))
-		setenv(DIRECTORY, here, 1);
 	if (!wanted && access("/run/sdee/inside", F_OK) && !exists_in_home(".config/sdee/sdee.toml"))
 		return 0;
 	if (ask_helper(out, sizeof out)) {
@@ -598,12 +594,18 @@ static int requeued(uint32_t job)
 int slurm_spank_init_post_opt(spank_t sp, int ac, char **av)
 {
 	uint32_t job = 0, step = 0;
-	char path[64], reference[256] = "";
+	char path[64], reference[256] = "", here[PATH_MAX];
 	struct stat status;
 
 	arguments(ac, av);
-	if (spank_context() == S_CTX_LOCAL || spank_context() == S_CTX_ALLOCATOR)
-		return choose(sp);
+	if (spank_context() == S_CTX_LOCAL || spank_context() == S_CTX_ALLOCATOR) {
+		if (choose(sp))
+			return -1;
+		/* Here for all components of a heterogeneous job; name_directory() knows of --chdir. */
+		if (submitted && spank_context() == S_CTX_LOCAL && getcwd(here, sizeof here))
+			setenv(DIRECTORY, here, 1);
+		return 0;
+	}
 	if (spank_context() != S_CTX_REMOTE)
 		return 0;
 	if (spank_get_item(sp, S_JOB_ID, &job) != ESPANK_SUCCESS ||
