@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 
 #: Seconds in which what the last session left behind is gone with it.
 _SETTLED = 0.3
+#: Made in every instance.
+_INSIDE = "/run/sdee/inside"
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -61,6 +64,11 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do it. Raises EnvironmentProblem, ConfigError, NotEntered, OSError."""
+    if os.path.exists(_INSIDE):
+        raise environments.EnvironmentProblem(
+            "this looks at environments from outside: leave this one first (ssh HOST @host is a"
+            " plain login)"
+        )
     account = my_account()
     if account.uid == 0:
         raise environments.EnvironmentProblem("root has no environments: they are for users")
@@ -160,8 +168,6 @@ def alive(environment: Environment) -> bool:
     fd = try_lock(environment)
     if fd is None:
         return True
-    import os
-
     os.close(fd)
     return False
 

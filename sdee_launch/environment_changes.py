@@ -22,7 +22,9 @@ from sdee_launch.accounts import IdMaps, my_account
 from sdee_launch.environments import (
     Environment,
     EnvironmentProblem,
+    EnvironmentSettings,
     Store,
+    begin_settings,
     check_name,
     lock,
 )
@@ -288,6 +290,7 @@ def import_(store: Store, name: str, path: str) -> None:
         os.mkdir("upper", 0o755, dir_fd=fd)
         for other in ("work", "private", "snapshots"):
             os.mkdir(other, 0o700, dir_fd=fd)
+        begin_settings(fd, EnvironmentSettings())
         try:
             _as_root_of_it(lambda: _unpack(source, path, fd))
             store.put(new, name)

@@ -209,8 +209,7 @@ class Store(_Directory):
             ):  # fmt: skip
                 os.mkdir(directory, mode, dir_fd=fd)
                 os.chmod(directory, mode, dir_fd=fd)  # whatever the umask is
-            settings = replace(settings or EnvironmentSettings(), created=time.time())
-            _write(fd, "settings", json.dumps(asdict(settings)).encode())
+            begin_settings(fd, settings or EnvironmentSettings())
             try:
                 self.put(temporary, name)
             except FileExistsError:
@@ -350,6 +349,12 @@ def _settings_from(value: object, path: str) -> EnvironmentSettings:
     if isinstance(value.get("created"), int | float):
         made = replace(made, created=float(value["created"]))
     return made
+
+
+def begin_settings(fd: int, settings: EnvironmentSettings) -> None:
+    """The settings of an environment that is being made, from now on. Raises OSError."""
+    settings = replace(settings, created=time.time())
+    _write(fd, "settings", json.dumps(asdict(settings)).encode())
 
 
 def write_settings(environment: Environment, settings: EnvironmentSettings) -> None:

@@ -214,6 +214,9 @@ def install_main(arguments: list[str]) -> int:
     """`sdee install`."""
     options = _parser("install").parse_args(arguments)
     root = Path(options.root)
+    if not root.is_dir():
+        print(f"sdee install: --root {root}: no such directory (create it first)", file=sys.stderr)
+        return 1
     live = root.resolve() == Path("/")
     if live and os.geteuid() != 0:
         print("sdee install: must be run by root", file=sys.stderr)
@@ -239,7 +242,7 @@ def install_main(arguments: list[str]) -> int:
     if not changed:
         print("everything was in place already")
     if live and not with_systemd:
-        print(f"no systemd here: have {LINKS}/sdeed started at boot, as /{LINKS}/sdeed &")
+        print(f"no systemd here: have /{LINKS}/sdeed started at boot, as /{LINKS}/sdeed &")
     print(f"a user whose login shell is {LOGIN_SHELL} (chsh -s) logs in to an environment")
     if options.force_command and live:
         print("sshd must read its configuration again (systemctl reload ssh)")

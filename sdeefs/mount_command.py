@@ -89,7 +89,7 @@ def _mount(arguments: argparse.Namespace, server: Background | None) -> int:
                     raise
                 reason = error.strerror or str(error)
         if arguments.engine == "kernel":
-            raise Refused(f"kernel overlayfs can't serve this: {reason} (--engine fuse can)")
+            raise Refused(f"kernel overlayfs can't serve this: {reason} (try --engine fuse)")
         say(f"engine fuse: kernel overlayfs can't serve this: {reason}")
     from dataclasses import replace
 

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 import tarfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -59,6 +60,11 @@ def test_info_and_diff(lab: Lab, env: str) -> None:
     assert "A etc/new-one" in lines and "D etc/issue.net" in lines and "A opt/d/" in lines
     done = lab.sdee("env", "info", "--env", "no-such")
     assert done.returncode == 1 and "no environment no-such" in done.stderr
+
+
+def test_from_inside_it_is_refused(lab: Lab, env: str) -> None:
+    done = lab.run(*lab.words("env", "list"), env=env)
+    assert done.returncode == 1 and "from outside" in done.stderr and "root" not in done.stderr
 
 
 def test_reset(lab: Lab, env: str) -> None:
@@ -138,7 +144,10 @@ def test_export_and_import(lab: Lab, env: str, tmp_path: Path) -> None:
         file = tmp_path / f"export.{suffix}"
         _ok(lab, "export", "--env", env, str(file))
         assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        before = time.time()
         _ok(lab, "import", "--env", "other", str(file))
+        info = json.loads(_ok(lab, "info", "--env", "other", "--json"))
+        assert before - 1 < info["created"] < time.time() + 1
         assert lab.say(look, env="other") == expected
         assert lab.sdee("env", "import", "--env", "other", str(file)).returncode == 1
         lab.remove("other")

@@ -60,6 +60,12 @@ def test_twice_is_once_and_back_is_as_before(
     assert uninstall_main(["--root", str(root)]) == 0
 
 
+def test_a_tree_that_is_not_there(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert install_main(["--root", str(root / "no")]) == 1
+    assert "no: no such directory" in capsys.readouterr().err
+    assert not (root / "no").exists()
+
+
 def test_what_the_administrator_changed_stays(root: Path) -> None:
     assert install_main(["--root", str(root)]) == 0
     config = root / "etc/sdee/sdee.toml"
