@@ -35,6 +35,8 @@ from mount_helpers.syscalls import (
 CHANGES = FAN_CREATE | FAN_DELETE | FAN_MOVED_FROM | FAN_MOVED_TO | FAN_MODIFY | FAN_ATTRIB
 #: What of a directory is told: its own names and attributes, and those of what is in it.
 _HERE = FAN_EVENT_ON_CHILD | FAN_ONDIR
+#: A mark's whole mask.
+WATCHED = CHANGES | _HERE
 #: Those after which a name means something else.
 NAMES = FAN_CREATE | FAN_DELETE | FAN_MOVED_FROM | FAN_MOVED_TO
 
@@ -84,10 +86,9 @@ class Group:
 
     def unmark(self, directory: int) -> None:
         """Watch a directory no more."""
-        mask = CHANGES | _HERE
         path = b"/proc/self/fd/%d" % directory
         try:
-            syscalls.fanotify_mark(self.fd, FAN_MARK_REMOVE, mask, syscalls.AT_FDCWD, path)
+            syscalls.fanotify_mark(self.fd, FAN_MARK_REMOVE, WATCHED, syscalls.AT_FDCWD, path)
         except OSError as error:
             if error.errno != errno.ENOENT:
                 raise

@@ -134,6 +134,16 @@ class Watch:
         for handle in handles:
             self._nodes[handle] = directory.number
 
+    def group_with_room(self) -> int:
+        """The queue's descriptor, for who marks a new directory itself and says so to `marked`; -1:
+        that is for `add`."""
+        return self._group.fd if self.working and len(self._nodes) < LIMIT else -1
+
+    def marked(self, number: int, handle: bytes) -> None:
+        """A directory that is new, and that one lower has, is watched (with `fanotify.WATCHED`)."""
+        self._handles[number] = [handle]
+        self._nodes[handle] = number
+
     def _give_up(self, error: OSError) -> None:
         """What was promised stays watched; nothing new is believed for long."""
         if self._filesystem.lower_timeout != self._short:

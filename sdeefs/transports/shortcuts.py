@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from mount_helpers import fanotify
 from mount_helpers.mountinfo import is_remote, read_mounts
 from sdeefs.core.api import Operations
 from sdeefs.core.filesystem import Filesystem
@@ -29,6 +30,8 @@ SHORTCUTS = {
     Opcode.CREATE: "create",
     Opcode.READ: "read",
     Opcode.RELEASE: "release",
+    Opcode.COPY_FILE_RANGE: "copy_file_range",
+    Opcode.COPY_FILE_RANGE_64: "copy_file_range_64",
     Opcode.OPENDIR: "opendir",
     Opcode.READDIR: "readdir",
     Opcode.READDIRPLUS: "readdirplus",
@@ -106,6 +109,8 @@ def shorten(
         volatile=settings.volatile,
         work_fd=upper.work if upper is not None and links_whiteouts else -1,
         own_prefix=operations.names.prefix,
+        max_directories=settings.max_directories,
+        watched_events=fanotify.WATCHED,
     )
     table = list(handlers)
     for opcode, name in SHORTCUTS.items():

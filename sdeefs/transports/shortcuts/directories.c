@@ -186,6 +186,18 @@ static int fill(Shortcuts *self, struct call *call, PyObject *directory, PyObjec
 	return _PyBytes_Resize(&call->bytes, (Py_ssize_t)used) < 0 ? FAILED : ANSWERED;
 }
 
+static int trim(Shortcuts *self)
+{
+	PyObject *done;
+	int rc = is_crowded(self);
+
+	if (rc <= 0)
+		return rc;
+	done = PyObject_CallNoArgs(self->trim);
+	Py_XDECREF(done);
+	return done ? ANSWERED : FAILED;
+}
+
 static int read_page(Shortcuts *self, struct call *call, int plus)
 {
 	struct fuse_read_in in;
@@ -194,6 +206,8 @@ static int read_page(Shortcuts *self, struct call *call, int plus)
 
 	if (call->length < (Py_ssize_t)sizeof in)
 		return LEAVE;
+	if (trim(self) < 0)
+		return FAILED;
 	memcpy(&in, call->body, sizeof in);
 	open = find_open(self, in.fh);
 	if (!open)

@@ -73,6 +73,7 @@ static PyObject *serve(Shortcuts *self, uint32_t opcode, shortcut shortcut, int 
 	{                                                                                           \
 		return serve(self, opcode, do_##name, locked, arguments, count);                    \
 	}
+#define do_copy_file_range_64 do_copy_file_range
 METHOD(lookup, FUSE_LOOKUP, 1)
 METHOD(getattr, FUSE_GETATTR, 1)
 METHOD(setattr, FUSE_SETATTR, 1)
@@ -84,6 +85,8 @@ METHOD(setxattr, FUSE_SETXATTR, 1)
 METHOD(getxattr, FUSE_GETXATTR, 1)
 METHOD(listxattr, FUSE_LISTXATTR, 1)
 METHOD(create, FUSE_CREATE, 1)
+METHOD(copy_file_range, FUSE_COPY_FILE_RANGE, 0)
+METHOD(copy_file_range_64, FUSE_COPY_FILE_RANGE_64, 0)
 METHOD(opendir, FUSE_OPENDIR, 1)
 METHOD(readdir, FUSE_READDIR, 1)
 METHOD(readdirplus, FUSE_READDIRPLUS, 1)
@@ -219,6 +222,8 @@ static int find_objects(Shortcuts *self)
 	self->upper = attribute(filesystem, "upper", NULL);
 	self->lookup = attribute(filesystem, "_lookup", NULL);
 	self->entries = attribute(filesystem, "_entries", NULL);
+	self->trim = attribute(filesystem, "_trim", NULL);
+	self->remember = attribute(filesystem, "_remember", NULL);
 	self->inode_number = attribute(filesystem, "_inode_number", NULL);
 	latest = attribute(filesystem, "_latest", NULL);
 	if (latest) {
@@ -245,8 +250,9 @@ static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
 	static char *names[] = { "filesystem", "handlers", "backing_ids", "open_base", "layers",
 				 "upper_owners", "lower_owners", "unmapped", "secrets", "upper_timeout",
 				 "writable", "index_on", "writeback", "passthrough", "setxattr_ext", "volatile",
-				 "work_fd", "own_prefix", NULL };
+				 "work_fd", "own_prefix", "max_directories", "watched_events", NULL };
 	PyObject *layers, *upper_owners, *lower_owners, *secrets;
+	unsigned long long watched_events;
 	const char *prefix;
 
 	if (self->filesystem) {
@@ -256,14 +262,15 @@ static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
 	if (learn_shape() < 0)
 		return -1;
 	if (!PyArg_ParseTupleAndKeywords(
-		    args, kwargs, "OO!OIO!OOlOdppppppiy", names, &self->filesystem, &PyList_Type, &self->handlers,
+		    args, kwargs, "OO!OIO!OOlOdppppppiylK", names, &self->filesystem, &PyList_Type, &self->handlers,
 		    &self->backing, &self->open_base, &PyList_Type, &layers, &upper_owners, &lower_owners,
 		    &self->unmapped, &secrets, &self->upper_timeout, &self->writable, &self->index_on,
 		    &self->writeback, &self->passthrough, &self->setxattr_ext, &self->is_volatile, &self->work_fd,
-		    &prefix)) {
+		    &prefix, &self->max_directories, &watched_events)) {
 		self->filesystem = self->handlers = self->backing = NULL;
 		return -1;
 	}
+	self->watched_events = watched_events;
 	Py_INCREF(self->filesystem);
 	Py_INCREF(self->handlers);
 	Py_INCREF(self->backing);
@@ -298,6 +305,8 @@ static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
 	do(self->lookup);                                                                         \
 	do(self->entries);                                                                        \
 	do(self->inode_number);                                                                   \
+	do(self->remember);                                                                       \
+	do(self->trim);                                                                           \
 	do(self->keep_list);                                                                      \
 	do(self->latest);                                                                         \
 	do(self->lookers);                                                                        \
@@ -341,7 +350,8 @@ static void Shortcuts_dealloc(Shortcuts *self)
 #define ROW(name) { #name, (PyCFunction)(void (*)(void))Shortcuts_##name, METH_FASTCALL, NULL }
 static PyMethodDef Shortcuts_methods[] = {
 	ROW(lookup), ROW(getattr), ROW(setattr), ROW(unlink), ROW(open), ROW(read), ROW(release),
-	ROW(setxattr), ROW(getxattr), ROW(listxattr), ROW(create), ROW(opendir), ROW(readdir), ROW(readdirplus),
+	ROW(setxattr), ROW(getxattr), ROW(listxattr), ROW(create), ROW(copy_file_range),
+	ROW(copy_file_range_64), ROW(opendir), ROW(readdir), ROW(readdirplus),
 	ROW(releasedir), ROW(forget), ROW(batch_forget),
 	{ "left", (PyCFunction)Shortcuts_left, METH_NOARGS, left_doc },
 	{ NULL },

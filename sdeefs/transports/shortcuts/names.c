@@ -110,6 +110,8 @@ int find_name(Shortcuts *self, PyObject *parent, PyObject *name, struct found *f
 				return LEAVE;
 			continue;
 		}
+		if (S_ISDIR(st->st_mode) && i + 1 == PyTuple_GET_SIZE(lowers))
+			return find_lower_directory(self, parent, name, PyTuple_GET_ITEM(lowers, i), fd, found);
 		if (S_ISDIR(st->st_mode) || S_ISCHR(st->st_mode) || (st->st_nlink > 1 && self->index_on))
 			return LEAVE;
 		if (st->st_size == 0 && S_ISREG(st->st_mode) && has_xattr_whiteouts(self, layer))

@@ -6,7 +6,8 @@
 
 struct shape shape;
 PyObject *str_next, *str_next_handle, *str_lower_timeout, *str_xwhiteouts, *str_spare, *str_index_inodes;
-static PyObject *zero, *one, *minus_one, *kinds[16], *small[64];
+PyObject *str_watch, *str_open_directories, *str_group_with_room, *str_marked, *zero;
+static PyObject *one, *minus_one, *kinds[16], *small[64];
 
 static int offset(PyTypeObject *type, const char *name, Py_ssize_t *at)
 {
@@ -64,6 +65,7 @@ int learn_shape(void)
 		{ &shape.directory, "upper_fd", &shape.upper_fd },
 		{ &shape.directory, "flags", &shape.flags },
 		{ &shape.directory, "lister", &shape.lister },
+		{ &shape.directory, "redirect", &shape.redirect },
 		{ &shape.extra, "names", &shape.names },
 		{ &shape.extra, "key", &shape.key },
 		{ &shape.extra, "fd", &shape.fd },
@@ -108,10 +110,14 @@ int learn_shape(void)
 	str_xwhiteouts = PyUnicode_InternFromString("xwhiteouts");
 	str_spare = PyUnicode_InternFromString("_spare_whiteout");
 	str_index_inodes = PyUnicode_InternFromString("index_inodes");
+	str_watch = PyUnicode_InternFromString("watch");
+	str_open_directories = PyUnicode_InternFromString("open_directories");
+	str_group_with_room = PyUnicode_InternFromString("group_with_room");
+	str_marked = PyUnicode_InternFromString("marked");
 	one = PyLong_FromLong(1);
 	minus_one = PyLong_FromLong(-1);
 	if (!str_next || !str_next_handle || !str_lower_timeout || !str_xwhiteouts || !str_spare ||
-	    !str_index_inodes || !one || !minus_one)
+	    !str_index_inodes || !str_watch || !str_open_directories || !str_group_with_room || !str_marked || !one || !minus_one)
 		return -1;
 	zero = PyLong_FromLong(0);
 	return zero ? 0 : -1;
@@ -192,11 +198,12 @@ PyObject *kind_object(unsigned type)
 	return kinds[type & 15];
 }
 
-/* A node with one look-up's count still to be added, in its place in the tree. Borrowed. */
-PyObject *new_node(Shortcuts *self, PyObject *parent, PyObject *name, const struct stat *st, long layer,
-		   uint64_t shown, PyObject *stamp)
+/* Take a new node's place in the tree, with one look-up's count still to be added. Steals node,
+ * returns it borrowed. */
+static PyObject *place(Shortcuts *self, PyObject *node, PyObject *parent, PyObject *name, const struct stat *st,
+		       long layer, uint64_t shown, PyObject *stamp)
 {
-	PyObject *node = PyType_GenericAlloc(shape.node, 0), *number = NULL, *ino = NULL, *shown_object = NULL;
+	PyObject *number = NULL, *ino = NULL, *shown_object = NULL;
 	int rc;
 
 	if (!node)
@@ -223,6 +230,32 @@ PyObject *new_node(Shortcuts *self, PyObject *parent, PyObject *name, const stru
 	Py_XDECREF(number);
 	Py_DECREF(node); /* the tree has it */
 	return rc ? NULL : node;
+}
+
+PyObject *new_node(Shortcuts *self, PyObject *parent, PyObject *name, const struct stat *st, long layer,
+		   uint64_t shown, PyObject *stamp)
+{
+	return place(self, PyType_GenericAlloc(shape.node, 0), parent, name, st, layer, shown, stamp);
+}
+
+PyObject *new_directory(Shortcuts *self, PyObject *parent, PyObject *name, const struct stat *st, long layer,
+			PyObject *lowers)
+{
+	PyObject *node = PyType_GenericAlloc(shape.directory, 0), *children = PyDict_New();
+
+	if (!node || !children) {
+		Py_XDECREF(node);
+		Py_XDECREF(children);
+		return NULL;
+	}
+	SLOT(node, shape.children) = children;
+	SLOT(node, shape.lowers) = Py_NewRef(lowers);
+	SLOT(node, shape.lower_fds) = Py_NewRef(Py_None);
+	SLOT(node, shape.upper_fd) = Py_NewRef(minus_one);
+	SLOT(node, shape.flags) = Py_NewRef(zero);
+	SLOT(node, shape.lister) = Py_NewRef(minus_one);
+	SLOT(node, shape.redirect) = Py_NewRef(Py_None);
+	return place(self, node, parent, name, st, layer, st->st_ino ^ self->layers[layer].mix, NULL);
 }
 
 /* As Extra.__init__ makes it. */

@@ -29,10 +29,14 @@
 
 /* Directory.flags, as sdeefs/core/nodes.py has them. */
 #define FLAG_IMPURE 1
+#define FLAG_OPAQUE 2
 #define FLAG_HIDDEN 4
 #define FLAG_DEAD 8
 #define FLAG_ACL_KNOWN 16
 #define FLAG_ACL_DEFAULT 32
+#define FLAG_XWHITEOUTS 64
+/* What a look-up finds out anew. */
+#define FLAGS_FOUND (FLAG_IMPURE | FLAG_OPAQUE | FLAG_HIDDEN | FLAG_XWHITEOUTS)
 
 struct id_range {
 	uint64_t inside, outside, count; /* all ids are 2^32 */
@@ -69,13 +73,14 @@ typedef struct {
 	PyObject *handlers; /* Python's, by opcode */
 	PyObject *backing;  /* BackingIds, or None */
 	PyObject *acquire_backing, *release_backing;
-	PyObject *settle, *become, *pack_entry, *lookup, *entries, *inode_number, *keep_list;
+	PyObject *settle, *become, *pack_entry, *lookup, *entries, *inode_number, *keep_list, *remember, *trim;
 	PyObject *latest; /* core/listing.py: the lists taken last, by node */
 	PyObject *lookers; /* core/lookers.py: its table */
 	PyObject *io_passthrough, *io_cached;
 	struct layer *layers;
 	Py_ssize_t layer_count;
-	long unmapped;
+	long unmapped, max_directories;
+	uint64_t watched_events; /* of a directory of lower: fanotify's mask */
 	struct owners upper_owners, lower_owners;
 	struct secrets secrets;
 	double upper_timeout;
@@ -106,7 +111,7 @@ struct shape {
 	/* Node */
 	Py_ssize_t number, count, parent, name, kind, layer, ino, shown, extra_at, stamp;
 	/* Directory */
-	Py_ssize_t children, lowers, lower_fds, upper_fd, flags, lister;
+	Py_ssize_t children, lowers, lower_fds, upper_fd, flags, lister, redirect;
 	/* Extra */
 	Py_ssize_t names, key, fd, index, lower_nlink, handles, opened, secret, work_name, privileged;
 	/* OpenFile */
@@ -127,12 +132,15 @@ PyObject *find_node(Shortcuts *self, uint64_t number); /* borrowed; NULL: none, 
 PyObject *find_file(Shortcuts *self, uint64_t handle); /* the same, of an open file */
 PyObject *new_node(Shortcuts *self, PyObject *parent, PyObject *name, const struct stat *st, long layer,
 		   uint64_t shown, PyObject *stamp);
+PyObject *new_directory(Shortcuts *self, PyObject *parent, PyObject *name, const struct stat *st, long layer,
+			PyObject *lowers); /* of lower, without descriptors */
 PyObject *new_extra(void);
 PyObject *kind_object(unsigned type); /* S_IFMT bits of a d_type; borrowed */
 PyObject *next_number(PyObject *owner, PyObject *attribute); /* and count it up */
 void close_later(Shortcuts *self, int fd); /* once the lock is given up */
 void close_dropped(Shortcuts *self);
 extern PyObject *str_next, *str_next_handle, *str_lower_timeout, *str_xwhiteouts, *str_spare, *str_index_inodes;
+extern PyObject *str_watch, *str_open_directories, *str_group_with_room, *str_marked, *zero;
 
 /* places.c: where an object is, and what stat tells of it */
 struct place {
@@ -167,6 +175,11 @@ int do_forget(Shortcuts *self, struct call *call);
 int do_batch_forget(Shortcuts *self, struct call *call);
 int do_unlink(Shortcuts *self, struct call *call);
 
+/* lower_directories.c */
+int is_crowded(Shortcuts *self);
+int find_lower_directory(Shortcuts *self, PyObject *parent, PyObject *name, PyObject *above, int fd,
+			 struct found *found); /* `above`: (layer, path) of the parent, open as `fd` */
+
 /* attributes.c */
 int do_getattr(Shortcuts *self, struct call *call);
 int do_setattr(Shortcuts *self, struct call *call);
@@ -179,6 +192,9 @@ int do_open(Shortcuts *self, struct call *call);
 int do_create(Shortcuts *self, struct call *call);
 int do_read(Shortcuts *self, struct call *call);
 int do_release(Shortcuts *self, struct call *call);
+
+/* copying.c */
+int do_copy_file_range(Shortcuts *self, struct call *call);
 
 /* lookers.c */
 int wants_attributes(Shortcuts *self, const struct call *call, uint32_t mode);

@@ -23,6 +23,8 @@ enum {
 	FUSE_CREATE = 35,
 	FUSE_BATCH_FORGET = 42,
 	FUSE_READDIRPLUS = 44,
+	FUSE_COPY_FILE_RANGE = 47,
+	FUSE_COPY_FILE_RANGE_64 = 53,
 };
 
 #define FATTR_MODE (1 << 0)
@@ -94,6 +96,9 @@ struct fuse_forget_one {
 };
 struct fuse_batch_forget_in {
 	uint32_t count, dummy;
+};
+struct fuse_copy_file_range_in {
+	uint64_t fh_in, off_in, nodeid_out, fh_out, off_out, len, flags;
 };
 struct fuse_dirent {
 	uint64_t ino, off;
