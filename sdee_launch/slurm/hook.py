@@ -21,9 +21,9 @@ PATIENCE = 6.0
 REPLY_SECONDS = 3600.0
 
 
-def _request(op: str, **fields: object) -> dict[str, object]:
+def _request(op: str, patience: float = PATIENCE, **fields: object) -> dict[str, object]:
     protocol.REPLY_TIMEOUT = REPLY_SECONDS
-    deadline = time.monotonic() + PATIENCE
+    deadline = time.monotonic() + patience
     while True:
         try:
             return protocol.request(op, **fields)[0]  # type: ignore[arg-type]
@@ -94,11 +94,16 @@ def prolog(environment: Mapping[str, str]) -> int:
 def epilog(environment: Mapping[str, str]) -> int:
     """Have it ended. Twice, and without a Prolog, is harmless."""
     job = int(environment["SLURM_JOB_ID"])
-    if records.read(job) is None:
+    record = records.read(job)
+    if record is None:
         return 0
+    nothing = bool(record.failure) and not record.place
     try:
-        _request("job-end", job=job)
+        # Where nothing was made, the node isn't held up for a daemon that isn't there.
+        _request("job-end", 0.0 if nothing else PATIENCE, job=job)
     except (protocol.Refused, protocol.Unavailable) as error:
+        if nothing:
+            records.forget(job)
         # What is left is removed at sdeed's next start; a node must not be lost for it.
         print(f"sdee: job {job}: {error}", file=sys.stderr)
     return 0

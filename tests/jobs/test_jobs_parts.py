@@ -151,6 +151,19 @@ def test_prolog_that_fails_never_drains_the_node(
     assert [(x.job, x.failure) for x in written] == [(7, "No space left on device")]
 
 
+def test_epilog_waits_for_no_daemon_where_nothing_was_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {7: records.Record(7, 1000, "main@1", failure="no sdeed on the node")}
+    monkeypatch.setenv("SDEED_SOCKET", str(tmp_path / "none"))
+    monkeypatch.setattr(records, "read", known.get)
+    monkeypatch.setattr(records, "forget", known.pop)
+    started = time.monotonic()
+    assert hook.epilog({"SLURM_JOB_ID": "7"}) == 0
+    assert time.monotonic() - started < hook.PATIENCE / 2
+    assert not known
+
+
 def test_prolog_s_last_resort_is_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a Python that works, the shell alone sees to it that no task runs outside."""
     monkeypatch.setattr(records, "DIRECTORY", tmp_path / "jobs")
