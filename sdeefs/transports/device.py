@@ -142,6 +142,8 @@ class DeviceTransport(Connection):
                 if error.errno not in GONE:
                     log.error("reading requests: %s", error.strerror)
                 return
+            if not length:  # /dev/null: the connection was wound up
+                return
             _, opcode, unique, node, uid, gid, pid, _, _ = unpack(buffer)
             try:
                 counts[opcode] += 1

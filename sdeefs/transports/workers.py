@@ -36,21 +36,33 @@ class Workers:
         self._threads: list[threading.Thread] = []
 
     def submit(self, key: int, job: Job) -> None:
-        """Have a thread call `job`, which must not raise. After `end()` it is dropped."""
+        """Have a thread call `job`, which must not raise. After `end()` it is dropped.
+
+        Where there is no thread and none can be started (a limit of processes), it is done here.
+        """
         with self._changed:
             if self._ended:
                 return
-            self._jobs.append((key, job))
-            if self._idle >= len(self._jobs):
+            if self._idle > len(self._jobs):
+                self._jobs.append((key, job))
                 self._changed.notify()
                 return
-            if len(self._threads) >= self._limit:
+            if len(self._threads) >= self._limit or self._start_thread() or self._threads:
+                self._jobs.append((key, job))
                 return
-            thread = threading.Thread(
-                target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True
-            )
-            self._threads.append(thread)
-        thread.start()
+        job()
+
+    def _start_thread(self) -> bool:
+        """One more thread, unless that is refused. The lock is held, for which it waits."""
+        thread = threading.Thread(
+            target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:
+            return False
+        self._threads.append(thread)
+        return True
 
     def take_back(self, key: int) -> bool:
         """Remove a job that no thread has begun. False: it has begun, is done, or never was."""

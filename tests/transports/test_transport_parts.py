@@ -76,6 +76,23 @@ def test_a_worker_survives_a_fault(caplog: pytest.LogCaptureFixture) -> None:
     assert workers.end(DEADLINE)
 
 
+def test_without_threads_the_work_is_done_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers, done = Workers(2), list[int]()
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        for number in range(3):
+            workers.submit(number, lambda number=number: done.append(number))
+        assert done == [0, 1, 2]
+    there = threading.Event()
+    workers.submit(4, there.set)
+    assert there.wait(10)
+    assert workers.end(10)
+
+
 def test_backing_ids_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = BackingIds(-1)
     closed: list[int] = []
