@@ -28,7 +28,7 @@ class Refused(Exception):
 
 def text(path: bytes) -> str:
     """A path for a message: what can't be decoded is escaped."""
-    return path.decode("utf-8", "backslashreplace")
+    return path.decode("utf-8", "backslashreplace") or "''"
 
 
 def _directory(what: str, path: bytes, access: int) -> os.stat_result:
@@ -271,8 +271,10 @@ def unused(options: Options) -> Iterator[None]:
 def absolute(path: bytes) -> bytes:
     """An absolute path without links, but for the last component, which isn't touched.
 
-    The mount at it may hang.
+    The mount at it may hang. Raises Refused for an empty path, as of a variable that isn't set.
     """
+    if not path:
+        raise Refused("an empty path is no mount point")
     path = os.path.abspath(path)
     parent, name = os.path.split(path)
     if not name:
@@ -284,6 +286,10 @@ def check_merged(merged: bytes) -> bytes:
     """The mount point as an absolute path; a dead mount of ours on it is taken away first."""
     point = absolute(merged)
     mount = mount_at(point)
+    link = mount is None and os.path.islink(point)
+    if (os.path.realpath(point) if link else point) in (b"/", b"//"):
+        # Nobody would see it, until a process enters this namespace anew and sees nothing else.
+        raise Refused("mount point /: a root can't be mounted over (give a directory below it)")
     while mount is not None and mount.fstype == OUR_TYPE and _is_dead(point):
         _clean(point)
         mount = mount_at(point)

@@ -88,6 +88,10 @@ def run(arguments: argparse.Namespace) -> int:
         from sdeefs.refusals import absolute
 
         wanted = os.fsdecode(absolute(os.fsencode(arguments.merged)))
+        if not any(os.fsencode(wanted) == m.point for m in read_mounts()) and os.path.islink(
+            wanted
+        ):
+            wanted = os.path.realpath(wanted)
         found = [e for e in found if wanted == e["merged"] or wanted in e["mounted_at"]]
         if not found:
             from sdeefs.refusals import Refused, text

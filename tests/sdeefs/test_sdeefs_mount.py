@@ -151,6 +151,24 @@ def test_every_lower_of_the_kernel_is_listed(lab: Lab, tmp_path: Path) -> None:
     lab.sdeefs("umount", lab.merged)
 
 
+def test_mount_points_that_are_none(lab: Lab) -> None:
+    for point, words in (("/", "a root"), ("/..", "a root"), ("", "an empty path")):
+        said = lab.sdeefs("mount", lab.upper, lab.lower, point, status=1).stderr
+        assert words in said and "Traceback" not in said
+    for command in ("umount", "status"):
+        assert "an empty path" in lab.sdeefs(command, "", status=1).stderr
+    assert "upper ''" in lab.sdeefs("mount", "", lab.lower, lab.merged, status=1).stderr
+
+
+def test_a_link_to_the_mount_point(lab: Lab) -> None:
+    link = lab.place / "link"
+    link.symlink_to(lab.merged)
+    lab.mount()
+    assert "live" in lab.sdeefs("status", link).stdout
+    lab.sdeefs("umount", link)
+    assert not mounted(lab.merged)
+
+
 def test_what_cannot_be_remounted(lab: Lab) -> None:
     said = lab.sdeefs("mount", "-o", "remount,ro", lab.merged, status=1).stderr
     assert "nothing is mounted there" in said
