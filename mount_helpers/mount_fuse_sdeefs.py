@@ -66,8 +66,12 @@ def plan(words: Sequence[str]) -> tuple[list[str], str | None, bool]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the helper; returns mount(8)'s exit status."""
+    words = sys.argv[1:] if arguments is None else arguments
+    if list(words) in (["-h"], ["--help"]):
+        print(USAGE)
+        return 0
     try:
-        command, namespace, really = plan(sys.argv[1:] if arguments is None else arguments)
+        command, namespace, really = plan(words)
     except _Usage as error:
         print(f"mount.fuse.sdeefs: {error}\n{USAGE}", file=sys.stderr)
         return EX_USAGE

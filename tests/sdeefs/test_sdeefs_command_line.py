@@ -121,6 +121,11 @@ def test_the_helper_refuses_wrong_usage(words: list[str], capsys: pytest.Capture
     assert "usage" in capsys.readouterr().err
 
 
+def test_the_helper_says_its_usage(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: mount.fuse.sdeefs")
+
+
 def test_the_helper_has_the_exit_codes_of_mount(tmp_path: Path) -> None:
     assert main(["src", str(tmp_path), "-o", "lowerdir=/no/such"]) == EX_FAIL
     assert main(["src", str(tmp_path), "-o", "wrong=1"]) == EX_USAGE
