@@ -125,8 +125,20 @@ class Background:
         os.waitpid(self._pid, 0)
 
 
+def _leave_terminal() -> None:
+    """Be nothing that the terminal's keys and its end are about.
+
+    The session stays the caller's. Linux groups processes by session for scheduling (sched(7),
+    autogroup), and a caller that is in one group with the server isn't sent to another CPU each time
+    it is answered.
+    """
+    os.setpgid(0, 0)
+    for number in (signal.SIGTTIN, signal.SIGTTOU, signal.SIGTSTP):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _child(asked: int, tell: int) -> int:
-    os.setsid()
+    _leave_terminal()
     from sdeefs.preload import preload
 
     preload(with_trio=False)  # it waits until requests are served

@@ -19,6 +19,7 @@ from sdeefs.transports.backing import BackingIds
 from sdeefs.transports.negotiate import Agreement, agree, may_register_backing
 from sdeefs.transports.notifier import Notifier
 from sdeefs.transports.requests import Deferred, Features, Handler, handlers
+from sdeefs.transports.scheduling import Scheduling
 from sdeefs.transports.shortcuts import shorten
 from sdeefs.transports.transport import PASSTHROUGH, WRITEBACK, TransportOptions
 from sdeefs.transports.workers import Workers
@@ -91,10 +92,9 @@ class Connection:
         self._agreement: Agreement | None = None
         self._handlers: list[Handler] = []
         self._backing_ids: BackingIds | None = None
-        # A thread inherits its maker's CPUs, and a ring's thread has only one.
-        cpus = os.sched_getaffinity(0)
-        self._workers = Workers(self._options.workers, cpus)
-        self._notifier = Notifier(fuse_fd, cpus)
+        self._scheduling = Scheduling.here()
+        self._workers = Workers(self._options.workers, self._scheduling)
+        self._notifier = Notifier(fuse_fd, self._scheduling)
         self._waiting: dict[int, int] = {}  # unique -> pid, of requests that wait for a worker
         self._stopping = threading.Event()
         self._over = threading.Event()

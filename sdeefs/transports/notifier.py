@@ -16,7 +16,7 @@ import os
 import threading
 
 from sdeefs.transports import wire
-from sdeefs.transports.workers import run_on
+from sdeefs.transports.scheduling import Scheduling
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +26,8 @@ _Key = tuple[int, bytes | None, bool]
 class Notifier:
     """Writes invalidations to the device; the thread starts with the first one."""
 
-    def __init__(self, device: int, cpus: set[int] | None = None) -> None:
-        self._cpus = cpus
+    def __init__(self, device: int, scheduling: Scheduling | None = None) -> None:
+        self._scheduling = scheduling or Scheduling.here()
         self.device = device
         self._waiting: dict[_Key, None] = {}
         self._changed = threading.Condition(threading.Lock())
@@ -70,7 +70,7 @@ class Notifier:
                 self._changed.notify()
 
     def _work(self) -> None:
-        run_on(self._cpus)
+        self._scheduling.take()
         while True:
             with self._changed:
                 while not self._waiting:

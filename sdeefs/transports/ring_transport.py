@@ -116,6 +116,7 @@ class RingTransport(Connection):
 
     def _serve(self, ring: Ring) -> None:
         """A ring's thread. When one ends, so does all."""
+        self._scheduling.answer_callers()
         try:
             number = ring.run()
             if number not in _ENDS:

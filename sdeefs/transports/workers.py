@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import Callable
+
+from sdeefs.transports.scheduling import Scheduling
 
 log = logging.getLogger(__name__)
 
 Job = Callable[[], None]
 
 
-def run_on(cpus: set[int] | None) -> None:
-    """Let this thread run on these CPUs, and not only on that of the thread that made it."""
-    if cpus is not None:
-        try:
-            os.sched_setaffinity(0, cpus)
-        except OSError:
-            pass  # they have gone meanwhile: any will do
-
-
 class Workers:
     """A pool. Jobs start in the order in which they came; one that hasn't begun can be taken back."""
 
-    def __init__(self, limit: int, cpus: set[int] | None = None, name: str = "worker") -> None:
+    def __init__(
+        self, limit: int, scheduling: Scheduling | None = None, name: str = "worker"
+    ) -> None:
         self._limit = max(1, limit)
         self._name = name
-        self._cpus = cpus
+        self._scheduling = scheduling or Scheduling.here()
         self._jobs: deque[tuple[int, Job]] = deque()
         self._changed = threading.Condition(threading.Lock())
         self._idle = 0
@@ -86,7 +80,7 @@ class Workers:
         return not any(thread.is_alive() for thread in threads)
 
     def _work(self) -> None:
-        run_on(self._cpus)
+        self._scheduling.take()
         while True:
             with self._changed:
                 while not self._jobs:

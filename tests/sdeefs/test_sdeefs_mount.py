@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import signal
 import subprocess
 import sys
@@ -305,6 +306,25 @@ def test_sighup_opens_the_log_anew(lab: Lab) -> None:
     log.rename(lab.place / "log.1")
     os.kill(pid, signal.SIGHUP)
     wait_until(log.exists, "a new log")
+    lab.umount()
+
+
+def test_the_server_outlives_its_terminal_in_the_same_session(lab: Lab) -> None:
+    words = ["mount", "--log-file", "log", "upper", "lower", "merged"]
+    shell, terminal = pty.fork()
+    if shell == 0:
+        os.chdir(lab.place)
+        os.execv(sys.executable, [sys.executable, "-m", "sdeefs", *words])
+    said = b""
+    with contextlib.suppress(OSError):  # EIO: nobody has it open any more
+        while part := os.read(terminal, 4096):
+            said += part
+    _, status = os.waitpid(shell, 0)
+    assert status == 0, said
+    os.close(terminal)
+    pid = lab.pid()
+    assert (os.getsid(pid), os.getpgid(pid)) == (shell, pid)
+    assert (lab.merged / "file").read_text() == "of lower\n"
     lab.umount()
 
 

@@ -12,6 +12,7 @@ from sdeefs.transports import choose, ring
 from sdeefs.transports.backing import CACHED, BackingIds
 from sdeefs.transports.connection import caller_is_killed, error_number
 from sdeefs.transports.pyfuse3_transport import Numbers
+from sdeefs.transports.scheduling import Scheduling
 from sdeefs.transports.workers import Workers
 from tests.transports.server_lab import DEADLINE, wait_for
 
@@ -167,3 +168,23 @@ def test_the_ring_works_on_this_machine() -> None:
     assert ring.why_not() is None
     parts = ring.plan_here()
     assert len(parts) >= len(os.sched_getaffinity(0)) >= 1
+
+
+def test_threads_run_as_the_process_does_whoever_makes_them() -> None:
+    here = Scheduling.here()
+    seen: list[Scheduling] = []
+
+    def answer() -> None:
+        os.sched_setaffinity(0, {min(here.cpus)})
+        here.answer_callers()
+        seen.append(Scheduling(here.cpus, os.getpriority(os.PRIO_PROCESS, 0)))
+        workers = Workers(1, here)
+        workers.submit(1, lambda: seen.append(Scheduling.here()))
+        assert workers.end(DEADLINE) or seen
+
+    thread = threading.Thread(target=answer)
+    thread.start()
+    thread.join(DEADLINE)
+    wait_for(lambda: len(seen) == 2, "the worker")
+    assert seen[0].nice < here.nice or os.geteuid()
+    assert seen[1] == here == Scheduling.here()
