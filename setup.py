@@ -40,7 +40,7 @@ setup(
             ["sdeefs/transports/_ring.c"],
             depends=[SHARED],
             libraries=["uring"],
-            extra_compile_args=["-O2", "-std=gnu11"],
+            extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra"],
             optional=True,
         ),
         Extension(
