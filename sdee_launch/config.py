@@ -156,12 +156,33 @@ def _typed(path: str, key: str, wanted: str | type, value: object) -> object:
     return value
 
 
+def parse_size(text: str) -> int:
+    """Bytes of `500M`, `20G`, `1.5T` or a plain number. Raises ValueError."""
+    units = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+    plain = text.strip().upper().removesuffix("B").removesuffix("I")
+    factor = units.get(plain[-1:], 1)
+    try:
+        size = int(float(plain.rstrip("KMGT")) * factor)
+    except (ValueError, OverflowError):
+        size = -1
+    if size < 0:
+        raise ValueError(f"{text[:80]!r} is no size; 500M or 20G is one")
+    return size
+
+
 def _check(path: str, settings: Settings) -> Settings:
     if settings.engine not in ENGINES:
         raise ConfigError(f"{path}: environments.engine: one of {', '.join(ENGINES)}")
     for name in settings.namespaces:
         if name not in NAMESPACES:
             raise ConfigError(f"{path}: instance.namespaces: {name}: one of {NAMESPACES}")
+    for key in ("cache_limit", "warn_size"):
+        text = settings.section("deploy").get(key)
+        try:
+            if text:  # empty: as if it weren't there
+                parse_size(text)
+        except ValueError as error:
+            raise ConfigError(f"{path}: deploy.{key}: {error}") from None
     try:
         settings.guard()
         settings.store.format(home="", user="", uid="")

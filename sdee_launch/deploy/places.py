@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 
+from sdee_launch import config
 from sdee_launch.accounts import Account
 from sdee_launch.config import Settings
 from sdee_launch.deploy.cache import DEFAULT
@@ -48,16 +49,10 @@ def cache_directory(settings: Settings) -> str:
 
 def parse_size(text: str) -> int:
     """Bytes of `500M`, `20G`, `1.5T` or a plain number. Raises DeployProblem."""
-    units = {"K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-    plain = text.strip().upper().removesuffix("B").removesuffix("I")
-    factor = units.get(plain[-1:], 1)
     try:
-        size = int(float(plain.rstrip("KMGT")) * factor)
-    except (ValueError, OverflowError):
-        size = -1
-    if size < 0:
-        raise DeployProblem(f"{text!r} is no size; 500M or 20G is one")
-    return size
+        return config.parse_size(text)
+    except ValueError as error:
+        raise DeployProblem(str(error)) from None
 
 
 def size_text(count: float) -> str:

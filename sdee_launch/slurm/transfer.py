@@ -122,7 +122,7 @@ def _chosen(settings: Settings) -> dict[str, str]:
 
 def _warning(account: Account, settings: Settings, state: str, made: api.Generation) -> str:
     """What the user is told of a generation that is larger than the site likes; else empty."""
-    limit = places.parse_size(str(settings.section("deploy").get("warn_size", WARN_SIZE)))
+    limit = places.parse_size(str(settings.section("deploy").get("warn_size") or WARN_SIZE))
     if made.package_bytes <= limit:
         return ""
     most = [

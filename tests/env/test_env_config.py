@@ -48,6 +48,9 @@ def test_values_reach_their_place() -> None:
         ("[privileges]\ncapabilities = ['chown', 'fly']\n", "fly is no capability"),
         ("[privileges]\nallowed_calls = ['open']\n", "open is no call"),
         ("[login]\nshel = 'x'\n", "login.shel is no setting"),
+        ("[deploy]\ncache_limit = 'lots'\n", "file: deploy.cache_limit: 'lots' is no size; 500M"),
+        ("[deploy]\nwarn_size = '-1G'\n", "file: deploy.warn_size: '-1G' is no size"),
+        ("[deploy]\nwarn_size = 5\n", "deploy.warn_size is no str"),
         ("instance = 5\n", "instance is a section"),
         ("[instance\n", "file:"),
     ],
@@ -56,6 +59,12 @@ def test_what_is_wrong_is_named(text: str, said: str) -> None:
     with pytest.raises(ConfigError) as raised:
         apply(Settings(), text, "file")
     assert said in str(raised.value)
+
+
+def test_sizes_are_sizes() -> None:
+    text = "[deploy]\ncache_limit = ''\nwarn_size = '1.5T'\n"
+    assert apply(Settings(), text, "file").section("deploy")["warn_size"] == "1.5T"
+    assert [config.parse_size(x) for x in ("7", "2K", "1.5GiB")] == [7, 2000, 1500000000]
 
 
 def test_users_set_what_they_may(tmp_path: Path) -> None:
