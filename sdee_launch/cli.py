@@ -52,6 +52,50 @@ Environments: root of one's own over the host's /.
 
 sdee COMMAND --help tells more."""
 
+_SESSION_HELP = {
+    "run": """\
+usage: sdee run [-h] [--env NAME] [--engine auto|kernel|fuse] [--bind SRC[:DST][:ro]]
+                [--rootless] [--] COMMAND [ARGUMENT ...]
+
+Run a command in an environment, as if it ran right here: its terminal, working directory, signals
+and exit status are those of the command. The environment is made on first use.
+""",
+    "shell": """\
+usage: sdee shell [-h] [--env NAME] [--engine auto|kernel|fuse] [--bind SRC[:DST][:ro]]
+                  [--rootless]
+
+Your shell in an environment, with this terminal and working directory. The environment is made on
+first use; it ends with its last session, and what was changed in it is kept.
+""",
+}
+_SESSION_OPTIONS = """\
+options:
+  -h, --help            show this help message and exit
+  --env, -e NAME        which environment (default: $SDEE_ENV, then the settings, then `default`)
+  --engine auto|kernel|fuse
+                        the kernel's overlayfs, or sdeefs (default: auto, what works here)
+  --bind SRC[:DST][:ro] show SRC of the host as DST inside (default: SRC), ro: read-only; may be
+                        given several times
+  --rootless            without the daemon, as SDEE_MODE=rootless does
+"""
+_SESSION_END = {
+    "run": """\
+exit status: that of COMMAND, 128+n after signal n, 126 or 127 where it can't be run or found; 1 where
+the environment can't be entered, 2 wrong usage.
+
+examples:
+  sdee run make -j8
+  sdee run --env old --bind /data:/mnt:ro -- ./a.out --env x
+""",
+    "shell": """\
+exit status: that of the shell; 1 where the environment can't be entered, 2 wrong usage.
+
+examples:
+  sdee shell
+  sdee shell --env old --bind /data:/mnt:ro
+""",
+}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """All commands but the quick way to run and shell; the exit status."""
@@ -60,8 +104,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(_HELP)
         return 0 if words else 2
     word = words[0]
-    if word in ("run", "shell"):
-        print(_HELP)
+    if word in _SESSION_HELP:
+        # What these two do is session.py's; here is but their help.
+        print(_SESSION_HELP[word], _SESSION_OPTIONS, _SESSION_END[word], sep="\n", end="")
         return 0
     if word in _FUNCTIONS:
         module, _, name = _FUNCTIONS[word].partition(":")

@@ -54,6 +54,17 @@ def test_a_program_runs_by_links_and_whatever_the_variables_say(name: str, tmp_p
             assert done.stdout.split()[0] == name
 
 
+@pytest.mark.parametrize("word", ["run", "shell"])
+def test_run_and_shell_have_a_help_of_their_own(word: str) -> None:
+    for option in ("--help", "-h"):
+        done = _run(_program("sdee"), word, option)
+        assert (done.returncode, done.stderr) == (0, ""), done
+        assert done.stdout.startswith(f"usage: sdee {word} [-h]")
+        for part in ("--env, -e NAME", "--engine auto|", "--bind SRC", "--rootless", "\nexample"):
+            assert part in done.stdout
+        assert max(map(len, done.stdout.splitlines())) <= 102
+
+
 def test_a_copy_without_its_interpreter_says_so(tmp_path: Path) -> None:
     copy = tmp_path / "sdee"
     copy.write_bytes(_program("sdee").read_bytes())
