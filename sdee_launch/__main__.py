@@ -11,10 +11,27 @@ def main() -> int:
 
         status = int(session.main(arguments))
         if sys.stdout is not None:  # None: it was closed
-            sys.stdout.flush()
+            try:
+                sys.stdout.flush()
+            except OSError:
+                from mount_helpers.standard_output import finish
+
+                status = finish("sdee", status)
         import posix  # `os` takes a millisecond, and so does taking the interpreter down
 
         posix._exit(status)
+    from mount_helpers.standard_output import finish
+
+    try:
+        return finish("sdee", _others(arguments))
+    except SystemExit as ended:  # argparse's, after its help or a usage error
+        if not isinstance(ended.code, int):
+            raise
+        return finish("sdee", ended.code)
+
+
+def _others(arguments: "list[str]") -> int:
+    """All but `run` and `shell`."""
     if arguments == ["--version"]:
         import sdeefs
 

@@ -229,8 +229,18 @@ def _have_streams() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
+    from mount_helpers.standard_output import finish
+
     _have_streams()
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return finish("sdeefs", _main(list(sys.argv[1:] if arguments is None else arguments)))
+    except SystemExit as ended:  # argparse's, after its help or a usage error
+        if not isinstance(ended.code, int):
+            raise
+        return finish("sdeefs", ended.code)
+
+
+def _main(words: list[str]) -> int:
     if (
         len(words) >= 2
         and not words[0].startswith("-")
@@ -250,18 +260,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return OK
     parsed = parser(words[0] if words and words[0] in _ROOMS else None).parse_args(words)
     if parsed.version:
-        return main(["--version"])
+        return _main(["--version"])
     if parsed.command is None:
         parser().print_help()
         return USAGE
     import importlib
 
     try:
-        status = importlib.import_module(_ROOMS[parsed.command]).run(parsed)
-        sys.stdout.flush()
-        return int(status)
+        return int(importlib.import_module(_ROOMS[parsed.command]).run(parsed))
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return FAILURE
     except (Exception, KeyboardInterrupt) as error:
         from sdeefs.background import complaint

@@ -65,6 +65,22 @@ def test_run_and_shell_have_a_help_of_their_own(word: str) -> None:
         assert max(map(len, done.stdout.splitlines())) <= 102
 
 
+@pytest.mark.parametrize(
+    "line", ["sdee --help", "sdee run --help", "sdee env --help", "sdee --version",
+             "sdeefs --help", "sdeefs mount --help", "sdeefs --version"],
+)  # fmt: skip
+def test_output_that_cannot_be_written_is_one_line(line: str) -> None:
+    program, *words = line.split()
+    variables = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [_program(program), *words], stdin=subprocess.DEVNULL, stdout=full, text=True,
+            stderr=subprocess.PIPE, timeout=60, env=variables,
+        )  # fmt: skip
+    said = f"{program}: standard output: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
 def test_a_copy_without_its_interpreter_says_so(tmp_path: Path) -> None:
     copy = tmp_path / "sdee"
     copy.write_bytes(_program("sdee").read_bytes())
