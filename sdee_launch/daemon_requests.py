@@ -19,7 +19,7 @@ from sdee_launch import instances, mask_live, masks, membership
 from sdee_launch.accounts import Account, account_of
 from sdee_launch.daemon import Daemon
 from sdee_launch.daemon_ops import Reply, Request, operation
-from sdee_launch.environments import valid_name
+from sdee_launch.environments import name_problem, valid_name
 from sdee_launch.instances import Process, Record
 from sdee_launch.process_list import describe_process
 from sdee_launch.protocol import Refused
@@ -223,11 +223,7 @@ def _subject(request: Request) -> int | None:
 def _environment(request: Request) -> str:
     name = request.get("env", str, "default")
     if not valid_name(name):
-        raise Refused(
-            f"{name[:80]!r} is no name of an environment: letters, digits and ._+- (at most 64, "
-            "the first a letter or digit)",
-            "bad-request",
-        )
+        raise Refused(name_problem(name), "bad-request")
     return name
 
 

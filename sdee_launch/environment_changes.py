@@ -141,7 +141,7 @@ def _forget(environment: Environment, parts: Sequence[str]) -> bool:
 
 def snapshot(environment: Environment, name: str | None = None) -> str:
     """Keep a copy of upper; gives its name. Raises EnvironmentProblem, OSError."""
-    name = check_name(name or time.strftime("%Y%m%d-%H%M%S"))
+    name = check_name(name or time.strftime("%Y%m%d-%H%M%S"), "a snapshot")
 
     def work() -> None:
         top = environment.directory("snapshots", create=0o700)

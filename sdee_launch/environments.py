@@ -257,13 +257,28 @@ def valid_name(name: object) -> bool:
     return isinstance(name, str) and _NAME.fullmatch(name) is not None
 
 
-def check_name(name: object) -> str:
+def name_problem(name: object, what: str = "an environment") -> str:
+    """One line: what is wrong with a name that isn't valid, and which names are."""
+    text = str(name)
+    foreign = re.search(r"[^A-Za-z0-9._+-]", text)
+    if not text:
+        wrong = "it is empty"
+    elif foreign is not None:
+        wrong = f"{foreign[0]!r} can't be in it"
+    elif len(text) > 64:
+        wrong = f"it has {len(text)} characters"
+    else:
+        wrong = f"it begins with {text[0]!r}"
+    return (
+        f"{text[:80]!r} is no name of {what}: {wrong}; allowed are letters, digits and ._+- (at "
+        "most 64, the first a letter or digit)"
+    )
+
+
+def check_name(name: object, what: str = "an environment") -> str:
     """The name, if it may be one. Raises EnvironmentProblem."""
     if not isinstance(name, str) or not valid_name(name):
-        raise EnvironmentProblem(
-            f"{str(name)[:80]!r} is no name of an environment: letters, digits and ._+- (at most "
-            "64, the first a letter or digit)"
-        )
+        raise EnvironmentProblem(name_problem(name, what))
     return name
 
 

@@ -55,7 +55,7 @@ async def job_submit(daemon: Daemon, request: Request) -> Reply:
     owner = await owner_of(request.uid)
     environment = request.get("environment", str)
     if not environments.valid_name(environment):
-        raise Refused(f"{environment[:80]!r} is no name of an environment", "bad-request")
+        raise Refused(environments.name_problem(environment), "bad-request")
     generation = request.get("generation", int, 0)
     inside = _of_instance(daemon, request.pid)
     if inside is not None and inside.uid == owner.uid and inside.job and not generation:

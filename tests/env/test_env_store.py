@@ -13,8 +13,26 @@ from pathlib import Path
 
 import pytest
 
+from sdee_launch.environments import EnvironmentProblem, check_name
 from tests.conftest import User
 from tests.env.instance_lab import Lab, laboratory
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("a/b", "'/' can't be in it"),
+        ("x\n", r"'\n' can't be in it"),
+        ("", "it is empty"),
+        ("a" * 65, "it has 65 characters"),
+        (".new", "it begins with '.'"),
+    ],
+)
+def test_a_name_that_is_none(name: str, wrong: str) -> None:
+    with pytest.raises(EnvironmentProblem) as raised:
+        check_name(name, "a snapshot")
+    said = str(raised.value)
+    assert f"is no name of a snapshot: {wrong}; allowed are letters, digits" in said
 
 
 @pytest.fixture(scope="module", params=("site-kernel", "rootless-fuse"))
@@ -118,6 +136,7 @@ def test_snapshot_and_rollback(lab: Lab, env: str) -> None:
     assert _ok(lab, "rollback", "--env", env, "second") == "second\n"
     assert lab.say(look, env=env).split("\n")[0] == "two"
     assert lab.sdee("env", "snapshot", "--env", env, "first").returncode == 1
+    assert "'a/b' is no name of a snapshot" in lab.sdee("env", "snapshot", "-e", env, "a/b").stderr
     _ok(lab, "snapshot", "--env", env, "--drop", "first")
     assert lab.sdee("env", "rollback", "--env", env, "first").returncode == 1
 
