@@ -11,11 +11,11 @@ from typing import Any
 
 from mount_helpers import fanotify
 from mount_helpers.mountinfo import is_remote, read_mounts
-from sdeefs.core.api import Operations
+from sdeefs.core.api import Later, Operations
 from sdeefs.core.filesystem import Filesystem
 from sdeefs.core.ids import Owners
 from sdeefs.core.settings import WhiteoutForm
-from sdeefs.transports.requests import Features
+from sdeefs.transports.requests import Deferred, Features
 from sdeefs.transports.wire import Opcode
 
 #: The methods of `Shortcuts`, by what they answer.
@@ -82,6 +82,10 @@ def shorten(
     from sdeefs.transports._shortcuts import Shortcuts
 
     assert isinstance(operations, Filesystem)
+
+    def read_later(handle: int, offset: int, size: int) -> Deferred:
+        return Deferred(Later(lambda: operations.read(handle, offset, size)), bytes)
+
     upper, settings = operations.upper, operations.settings
     layers = []
     for number in range(max(operations.layers) + 1):
@@ -111,6 +115,7 @@ def shorten(
         own_prefix=operations.names.prefix,
         max_directories=settings.max_directories,
         watched_events=fanotify.WATCHED,
+        read_later=read_later,
     )
     table = list(handlers)
     for opcode, name in SHORTCUTS.items():

@@ -422,3 +422,35 @@ def test_errors_are_the_kernels() -> None:
         player.play("lookup", 0, ("only-upper", 1))
         assert c.ask(Opcode.GETXATTR, player.nodes[-1], body)[0] == errno.ENODATA
         assert c.ask(Opcode.GETATTR, 999, wire.GETATTR_IN.pack(0, 0, 0))[0] == errno.ESTALE
+
+
+def test_what_is_on_the_disk_alone_is_read_by_a_worker(tmp_path: Path) -> None:
+    """One who waits for a disk must not keep the others of this thread waiting."""
+    data = os.urandom(1 << 18)
+    for name in ("lower", "upper", "work"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "lower" / "file").write_bytes(data)
+    fd = os.open(tmp_path / "lower" / "file", os.O_RDONLY)
+    lower, upper, work = (os.fsencode(tmp_path / name) for name in ("lower", "upper", "work"))
+    filesystem = Filesystem(Settings(lowers=(lower,), upper=upper, work=work))
+    try:
+        features = Features(False, True, False)
+        table = handlers(filesystem, features, None, lambda _: None)
+        table = shortcuts.shorten(filesystem, table, None, features)
+        node = struct.unpack_from("=Q", table[Opcode.LOOKUP](1, b"file\0", 0, 0, 1))[0]
+        opened = table[Opcode.OPEN](node, wire.OPEN_IN.pack(os.O_RDONLY, 0), 0, 0, 1)
+        body = wire.READ_IN.pack(wire.OPEN_OUT.unpack(opened)[0], 0, len(data), 0, 0, 0, 0)
+        os.fsync(fd)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        try:
+            in_memory = os.preadv(fd, [bytearray(1)], len(data) - 1, os.RWF_NOWAIT) == 1
+        except BlockingIOError:
+            in_memory = False
+        answer = table[Opcode.READ](node, body, 0, 0, 1)
+        assert isinstance(answer, bytes if in_memory else Deferred)
+        assert (answer if in_memory else answer.finish()) == data
+        assert table[Opcode.READ](node, body, 0, 0, 1) == data
+    finally:
+        filesystem.close()
+        credentials.restore()
+        os.close(fd)

@@ -2,6 +2,7 @@
 #include "shortcuts.h"
 
 #include <fcntl.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 /* What of open(2)'s flags reaches the descriptor of a layer's file (core/handles.py). */
@@ -242,13 +243,33 @@ int do_create(Shortcuts *self, struct call *call)
 	return rc;
 }
 
+/* The file's data from an offset on, without waiting for a disk. 1: a worker has to read it. */
+static int read_cached(int fd, PyObject **bytes, Py_ssize_t size, off_t offset)
+{
+	struct iovec part = { PyBytes_AS_STRING(*bytes), (size_t)size };
+	ssize_t length = preadv2(fd, &part, 1, offset, RWF_NOWAIT);
+	struct stat st;
+
+	if (length < 0 && errno == EOPNOTSUPP) {
+		Py_BEGIN_ALLOW_THREADS
+		do
+			length = pread(fd, part.iov_base, part.iov_len, offset);
+		while (length < 0 && errno == EINTR);
+		Py_END_ALLOW_THREADS
+	} else if (length < 0 ? errno == EAGAIN : length < size && !(fstat(fd, &st) == 0 && offset + length >= st.st_size)) {
+		return 1;
+	}
+	if (length < 0)
+		return errno == EINTR ? 1 : -errno;
+	return length < size && _PyBytes_Resize(bytes, length) < 0 ? -ENOMEM : 0;
+}
+
 /* Called without the lock: Python's own takes none either. */
 int do_read(Shortcuts *self, struct call *call)
 {
 	struct fuse_read_in in;
 	PyObject *file, *bytes;
-	ssize_t length;
-	int fd, error;
+	int rc;
 
 	if (call->length < (Py_ssize_t)sizeof in)
 		return LEAVE;
@@ -256,24 +277,20 @@ int do_read(Shortcuts *self, struct call *call)
 	file = find_file(self, in.fh);
 	if (!file)
 		return LEAVE;
-	fd = (int)slot_int(file, shape.file_fd);
 	bytes = PyBytes_FromStringAndSize(NULL, in.size);
 	if (!bytes)
 		return FAILED;
-	Py_BEGIN_ALLOW_THREADS
-	do
-		length = pread(fd, PyBytes_AS_STRING(bytes), in.size, (off_t)in.offset);
-	while (length < 0 && errno == EINTR);
-	error = errno;
-	Py_END_ALLOW_THREADS
-	if (length < 0) {
-		Py_DECREF(bytes);
-		return error;
+	rc = read_cached((int)slot_int(file, shape.file_fd), &bytes, in.size, (off_t)in.offset);
+	if (!rc) {
+		call->bytes = bytes;
+		return ANSWERED;
 	}
-	if (length < (ssize_t)in.size && _PyBytes_Resize(&bytes, length) < 0)
-		return FAILED;
-	call->bytes = bytes;
-	return ANSWERED;
+	Py_XDECREF(bytes);
+	if (rc < 0)
+		return PyErr_Occurred() ? FAILED : -rc;
+	call->bytes = PyObject_CallFunction(self->read_later, "KKI", (unsigned long long)in.fh,
+					    (unsigned long long)in.offset, in.size);
+	return call->bytes ? ANSWERED : FAILED;
 }
 
 int do_release(Shortcuts *self, struct call *call)

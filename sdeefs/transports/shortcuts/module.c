@@ -250,7 +250,8 @@ static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
 	static char *names[] = { "filesystem", "handlers", "backing_ids", "open_base", "layers",
 				 "upper_owners", "lower_owners", "unmapped", "secrets", "upper_timeout",
 				 "writable", "index_on", "writeback", "passthrough", "setxattr_ext", "volatile",
-				 "work_fd", "own_prefix", "max_directories", "watched_events", NULL };
+				 "work_fd", "own_prefix", "max_directories", "watched_events",
+				 "read_later", NULL };
 	PyObject *layers, *upper_owners, *lower_owners, *secrets;
 	unsigned long long watched_events;
 	const char *prefix;
@@ -262,18 +263,20 @@ static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
 	if (learn_shape() < 0)
 		return -1;
 	if (!PyArg_ParseTupleAndKeywords(
-		    args, kwargs, "OO!OIO!OOlOdppppppiylK", names, &self->filesystem, &PyList_Type, &self->handlers,
+		    args, kwargs, "OO!OIO!OOlOdppppppiylKO", names, &self->filesystem, &PyList_Type, &self->handlers,
 		    &self->backing, &self->open_base, &PyList_Type, &layers, &upper_owners, &lower_owners,
 		    &self->unmapped, &secrets, &self->upper_timeout, &self->writable, &self->index_on,
 		    &self->writeback, &self->passthrough, &self->setxattr_ext, &self->is_volatile, &self->work_fd,
-		    &prefix, &self->max_directories, &watched_events)) {
-		self->filesystem = self->handlers = self->backing = NULL;
+		    &prefix, &self->max_directories, &watched_events,
+		    &self->read_later)) {
+		self->filesystem = self->handlers = self->backing = self->read_later = NULL;
 		return -1;
 	}
 	self->watched_events = watched_events;
 	Py_INCREF(self->filesystem);
 	Py_INCREF(self->handlers);
 	Py_INCREF(self->backing);
+	Py_INCREF(self->read_later);
 	if (strlen(prefix) >= sizeof self->own_prefix) {
 		PyErr_SetString(PyExc_ValueError, "own_prefix is too long");
 		return -1;
@@ -299,6 +302,7 @@ static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
 	do(self->backing);                                                                        \
 	do(self->acquire_backing);                                                                \
 	do(self->release_backing);                                                                \
+	do(self->read_later);                                                                     \
 	do(self->settle);                                                                         \
 	do(self->become);                                                                         \
 	do(self->pack_entry);                                                                     \

@@ -73,6 +73,7 @@ typedef struct {
 	PyObject *handlers; /* Python's, by opcode */
 	PyObject *backing;  /* BackingIds, or None */
 	PyObject *acquire_backing, *release_backing;
+	PyObject *read_later; /* the rest of a READ that has to wait for a disk */
 	PyObject *settle, *become, *pack_entry, *lookup, *entries, *inode_number, *keep_list, *remember, *trim;
 	PyObject *latest; /* core/listing.py: the lists taken last, by node */
 	PyObject *lookers; /* core/lookers.py: its table */
