@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from mount_helpers.probe import Finding, probe
 from sdee_launch import config, environments, protocol
 from sdee_launch.accounts import id_maps, my_account
+from sdee_launch.slurm import findings as slurm
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -79,6 +80,7 @@ def run(options: argparse.Namespace) -> int:
             Finding("ids", count > 1, "ids of an instance", detail, "see subordinate-ids")
         )
     findings += probe(place)
+    findings += slurm.findings()
     can = modes(findings)
     if options.json:
         print(json.dumps({"modes": can, "findings": [f.as_json() for f in findings]}))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 
 #: Where Debian, RHEL and hand-made installations keep it.
@@ -30,15 +31,22 @@ def directory() -> Path | None:
     return None
 
 
-def parse(text: str) -> dict[str, str]:
-    """The parameters of a slurm.conf by lower-case name; of one given twice, the last."""
-    found: dict[str, str] = {}
+def _pairs(text: str) -> Iterator[tuple[str, str]]:
     for line in text.replace("\\\n", " ").splitlines():
         line = line.split("#", 1)[0].strip()
         name, equals, value = line.partition("=")
         if equals:
-            found[name.strip().lower()] = value.strip()
-    return found
+            yield name.strip().lower(), value.strip()
+
+
+def parse(text: str) -> dict[str, str]:
+    """The parameters of a slurm.conf by lower-case name; of one given twice, the last."""
+    return dict(_pairs(text))
+
+
+def values(text: str, wanted: str) -> list[str]:
+    """All values of a parameter (its name in lower case): newer releases take several Prologs."""
+    return [value for name, value in _pairs(text) if name == wanted]
 
 
 def text_of(path: Path, root: Path = Path("/"), depth: int = 8) -> str:

@@ -159,6 +159,11 @@ def _taken(path: Path, root: Path) -> dict[str, str]:
 
 def beside(taken: dict[str, str], library: Path) -> list[str]:
     """What the administrator has to do where the site has hooks of its own, which stay."""
+    return lacking(taken, library) or ["it has all that it needs"]
+
+
+def lacking(taken: dict[str, str], library: Path) -> list[str]:
+    """What slurm.conf with these parameters has to say beside, or its hooks have to do."""
     has = [flag for flag in re.split(r"[,\s]+", taken.get("prologflags", "")) if flag]
     known = [flag.lower() for flag in has]
     lacks = [flag for flag in FLAGS if flag.lower() not in known]
@@ -170,7 +175,7 @@ def beside(taken: dict[str, str], library: Path) -> list[str]:
             said.append(f"{name}={ours}")
         elif own != ours:
             said.append(f"{name}={own} stays; add this line to it: [ ! -x {ours} ] || {ours}")
-    return said or ["it has all that it needs"]
+    return said
 
 
 def uninstall(root: Path = Path("/")) -> list[str]:

@@ -22,6 +22,7 @@ from sdee_launch.slurm import (
     clients,
     conf,
     daemon_jobs,
+    findings,
     hook,
     identity,
     install,
@@ -311,6 +312,63 @@ def test_install_leaves_a_site_s_own_prolog_alone(
     assert (etc / "slurm.conf").read_text() == text
     (etc / "more.conf").write_text(f"Prolog={ours}\nEpilog=/site/epilog\n")
     assert any(f"names {ours}: take that out" in x for x in install.uninstall(tmp_path))
+
+
+def test_doctor_says_nothing_of_slurm_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_CONF", raising=False)
+    monkeypatch.setattr(conf, "DIRECTORIES", ())
+    monkeypatch.setattr(findings, "_PROGRAMS", ("no-slurmd",))
+    assert findings.findings() == []
+    monkeypatch.setattr(findings, "_PROGRAMS", ("no-slurmd", "sh"))
+    (only,) = findings.findings()
+    assert (only.name, only.works) == ("slurm", False) and "slurm.conf" in only.mend
+
+
+def test_doctor_says_what_slurm_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library, site, munge = tmp_path / "lib", tmp_path / "prolog.d/site", tmp_path / "bin/munge"
+    slurm_conf, plugstack = tmp_path / "slurm.conf", tmp_path / "more.d/one.conf"
+    for path in (library / "x", site, munge, plugstack):
+        path.parent.mkdir()
+    monkeypatch.setenv("SLURM_CONF", str(slurm_conf))
+    monkeypatch.setenv("PATH", f"{munge.parent}:/usr/bin:/bin")
+    monkeypatch.setattr(identity, "LIBRARY", str(library))
+
+    def found() -> dict[str, tuple[bool, str]]:
+        return {f.name: (f.works, f.detail) for f in findings.findings()}
+
+    slurm_conf.write_text("ClusterName=x\nPrologFlags=x11\n")
+    munge.write_text("#!/bin/sh\necho 'munge: Error: no munged' >&2; exit 6\n")
+    munge.chmod(0o755)
+    said = found()
+    assert said["slurm"] == (True, "cluster x")
+    assert said["slurm-plugin"] == (False, "No such file or directory")
+    assert not said["slurm-hooks"][0] and "x11,Alloc,Contain,DeferBatch" in said["slurm-hooks"][1]
+    assert said["munge"] == (False, "munge: Error: no munged")
+
+    (tmp_path / "plugstack.conf").write_text("include more.d/*.conf\n")
+    line = install.plugstack_line(library)
+    plugstack.write_text(f"# {line}\n")
+    assert found()["slurm-plugin"] == (False, "no line names it")
+    plugstack.write_text(f"{line}\n")
+    assert "can't be read" in found()["slurm-plugin"][1]
+    (library / install.PLUGIN).touch()
+    assert found()["slurm-plugin"] == (True, f"required {library / install.PLUGIN}")
+    plugstack.write_text(line.replace("required", "optional"))
+    assert not found()["slurm-plugin"][0]
+
+    slurm_conf.write_text("ClusterName=x\n" + "\n".join(install.slurm_conf_lines(library)))
+    assert "nodes drain" in found()["slurm-hooks"][1]
+    install.write_hooks(library)
+    assert found()["slurm-hooks"][0]
+    # A site's own Prolog that calls ours, among others.
+    text = slurm_conf.read_text().replace(
+        f"Prolog={library}/sdee-prolog", f"Prolog={site.parent}/*"
+    )
+    slurm_conf.write_text(f"{text}\nProlog=/site/other\nAuthType=auth/slurm\n")
+    said = found()
+    assert "/site/other stays; add this line" in said["slurm-hooks"][1] and "munge" not in said
+    site.write_text(f"#!/bin/sh\n[ ! -x {library}/sdee-prolog ] || {library}/sdee-prolog\n")
+    assert found()["slurm-hooks"][0]
 
 
 def test_client_program_runs_the_real_command_as_the_user(tmp_path: Path) -> None:
