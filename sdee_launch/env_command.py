@@ -105,6 +105,7 @@ def _run(options: argparse.Namespace, store: Store, settings: config.Settings) -
             with store.open(name) as environment:
                 _refuse_if_used(environment)
                 changes.remove(store, environment)
+        _clear_spool(store, settings, options.names)
         return 0
     name = options.env or settings.environment
     if what == "import":
@@ -148,6 +149,28 @@ def _change(options: argparse.Namespace, store: Store, environment: Environment)
     elif what == "export":
         changes.export(environment, options.file)
     return 0
+
+
+def _clear_spool(store: Store, settings: config.Settings, names: list[str]) -> None:
+    """Remove the generations of environments that are gone, unless a job may want them."""
+    from sdee_launch.deploy import retired
+    from sdee_launch.deploy.errors import DeployProblem
+
+    account = my_account()
+    try:
+        for name in names:
+            retired.retire(account, settings, name)
+        _, kept = retired.clear(account, settings, store.names())
+    except (DeployProblem, OSError) as error:
+        print(f"sdee: generations of {', '.join(names)} are left: {error}", file=sys.stderr)
+        return
+    for path in kept:
+        if os.path.basename(path) in names:
+            print(
+                f"sdee: {path} stays, as jobs of yours may be in the queue; sdee cache prune"
+                " removes it when there are none",
+                file=sys.stderr,
+            )
 
 
 def _refuse_if_used(environment: Environment) -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from sdee_launch import config, environments
 from sdee_launch.accounts import Account, my_account
 from sdee_launch.config import Settings
-from sdee_launch.deploy import api, cache, places
+from sdee_launch.deploy import api, cache, places, retired
 from sdee_launch.deploy.ended import release_ended
 from sdee_launch.deploy.errors import DeployProblem
 from sdee_launch.deploy.generations import State
@@ -235,6 +235,7 @@ def _cache_list(options: argparse.Namespace) -> int:
 def _cache_prune(options: argparse.Namespace) -> int:
     account, where = _cache_place()
     release_ended(account, where)
+    _clear_spool(account)
     removed = cache.prune(account, where, places.parse_size(options.limit))
     if options.json:
         print(json.dumps(removed))
@@ -242,6 +243,21 @@ def _cache_prune(options: argparse.Namespace) -> int:
         size = places.size_text(sum(one["bytes"] for one in removed))
         print(f"{len(removed)} generations removed, {size}")
     return 0
+
+
+def _clear_spool(account: Account) -> None:
+    """Remove what `sdee env rm` had to leave at the source."""
+    settings = config.load(home=account.home)
+    try:
+        if account.uid == 0 or not retired.marked(account, settings):
+            return
+        with environments.open_store(account, settings) as store:
+            gone, _ = retired.clear(account, settings, store.names())
+    except (environments.EnvironmentProblem, OSError) as error:
+        print(f"sdee: generations of removed environments are left: {error}", file=sys.stderr)
+        return
+    for path in gone:
+        print(f"sdee: removed {path}, whose environment is gone", file=sys.stderr)
 
 
 def _cache_verify(options: argparse.Namespace) -> int:

@@ -13,6 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from sdee_launch import config
+from sdee_launch.accounts import account_of
+from sdee_launch.config import Settings
+from sdee_launch.deploy import ended, places, retired
 from tests.conftest import User
 
 Sdee = Callable[..., subprocess.CompletedProcess[str]]
@@ -73,6 +77,48 @@ def test_what_stays_behind_is_the_environment_s_choice(sdee: Sdee) -> None:
     assert (plan["new_files"], plan["excluded"]) == (1, 1)
     assert sdee("deploy", "exclude", *OURS, "--remove", "two").stdout == ""
     assert "isn't excluded" in sdee("deploy", "exclude", *OURS, "--remove", "two", status=1).stderr
+
+
+def test_generations_go_with_their_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But not while a job may want them, nor if there are new ones."""
+    monkeypatch.setattr(places, "LOCAL_SPOOL", f"{tmp_path}/local/{{uid}}")
+    settings = config.apply(Settings(), f"[deploy]\nspool = '{tmp_path}/spool'\n", "file")
+    account = account_of(os.getuid())
+    queue: list[set[str] | None] = [{"7"}, None]
+    monkeypatch.setattr(ended, "live_jobs", lambda user: queue.pop(0) if queue else set())
+    path = tmp_path / "spool/old"
+
+    def clear(*environments: str) -> tuple[list[str], list[str]]:
+        return retired.clear(account, settings, environments)
+
+    def generation(number: int) -> None:
+        (path / f"{number}.manifest").touch()
+
+    path.mkdir(parents=True)
+    (tmp_path / "spool/other").mkdir()
+    generation(3)
+    retired.retire(account, settings, "old")
+    retired.retire(account, settings, "never-travelled")
+    assert clear("other") == ([], [str(path)])  # a job is there
+    assert clear("other") == ([], [str(path)])  # nobody can tell
+    assert clear("old") == ([], [])  # it was made anew
+    generation(4)
+    assert clear() == ([], [])
+    assert clear() == ([], []) and path.is_dir()  # no mark any more
+    retired.retire(account, settings, "old")
+    assert clear() == ([str(path)], [])
+    assert [x.name for x in (tmp_path / "spool").iterdir()] == ["other"]
+
+
+def test_env_rm_says_what_it_leaves(sdee: Sdee, alice: User) -> None:
+    sdee("deploy", "push", *OURS)
+    said = sdee("env", "rm", ENVIRONMENT).stderr
+    spool = alice.home / ".local/share/sdee/spool" / ENVIRONMENT
+    # What Slurm's squeue says of its jobs here, if anything, decides.
+    assert spool.exists() == (f"{spool} stays" in said)
+    sdee("env", "create", ENVIRONMENT)
 
 
 def test_mistakes_get_one_line(sdee: Sdee) -> None:
