@@ -6,6 +6,7 @@ the server stays on the caller's descriptors afterwards.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pickle
@@ -30,6 +31,9 @@ def complaint(error: BaseException) -> tuple[int, str]:
     if isinstance(error, Refused):
         return FAILURE, str(error)
     if isinstance(error, OSError):
+        if error.errno == errno.EMFILE:
+            limit = os.sysconf("SC_OPEN_MAX")
+            return FAILURE, f"open files: the limit of {limit} is reached: raise it (ulimit -n)"
         name = error.filename
         where = f"{os.fsdecode(name)}: " if isinstance(name, (str, bytes)) else ""
         return FAILURE, f"{where}{error.strerror or error}"

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from sdeefs.options import Options
 
 OK, FAILURE, USAGE = 0, 1, 2
+#: From this limit of open files on nothing has to be raised to come as far as the server's own look.
+_ENOUGH_DESCRIPTORS = 64
 
 
 def options_of(arguments: argparse.Namespace) -> tuple[Options, bytes]:
@@ -48,6 +50,10 @@ def options_of(arguments: argparse.Namespace) -> tuple[Options, bytes]:
 def run(arguments: argparse.Namespace) -> int:
     """The command. Raises UsageError, Refused or OSError for the one line that main() prints."""
     server = None
+    if 0 <= os.sysconf("SC_OPEN_MAX") < _ENOUGH_DESCRIPTORS:
+        from sdeefs import descriptors
+
+        descriptors.raise_limit()
     if arguments.engine == "fuse" and not arguments.foreground:
         from sdeefs.background import Background
 

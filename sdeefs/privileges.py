@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import struct
+
+from sdeefs import descriptors
 
 CAP_SYS_ADMIN = 21
 CAP_SYS_RESOURCE = 24
@@ -43,26 +44,11 @@ def give_up(capability: int) -> None:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
 
 
-def directories_to_keep() -> int:
-    """How many directory descriptors leave room for as many open files as may be expected."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return 1024
-    return min(1024, max(16, soft // 4))
-
-
 def settle() -> None:
     """Make this process a file server: modes as callers give them, many descriptors, and no right
     to the blocks that are reserved or over quota, which our callers don't have either."""
     os.umask(0)
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = hard if hard != resource.RLIM_INFINITY else 1 << 20
-    if os.geteuid() == 0 and hard < 1 << 19:
-        wanted = 1 << 19
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(wanted, hard)))
-    except (OSError, ValueError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    descriptors.raise_limit()
     try:
         give_up(CAP_SYS_RESOURCE)
     except OSError:

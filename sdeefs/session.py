@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from mount_helpers import syscalls
 from mount_helpers.mountinfo import mount_at, read_mounts
-from sdeefs import log, privileges, refusals
+from sdeefs import descriptors, log, privileges, refusals
 from sdeefs.control import Control
 from sdeefs.options import Options
 from sdeefs.refusals import Refused
@@ -64,6 +64,8 @@ class Session:
         self._ended = threading.Event()
         self._tell: Any = None  # what to call when the transport has ended
         self._opened = False
+        self._attached = False  # until then what is at merged is another's
+        self._usable = False  # from now on what fails is for the log
 
         def real(path: bytes | None) -> str | None:
             return None if path is None else os.fsdecode(os.path.realpath(path))
@@ -92,17 +94,18 @@ class Session:
     def _open(self) -> None:
         from sdeefs.core.filesystem import Filesystem
 
+        transport = descriptors.transport_for(self.options)
         self._locks = refusals.lock_layers(self.options)
         userxattr = not privileges.on_host()
         settings = self.options.settings(userxattr=userxattr)
         if "max_directories" not in self.options.fields:
-            settings = replace(settings, max_directories=privileges.directories_to_keep())
+            settings = replace(settings, max_directories=descriptors.directories_to_keep())
         self.filesystem = Filesystem(settings)
         self._opened = True
         self._start_watch()
         device = self._mount()
         try:
-            self.transport = self._make_transport(device)
+            self.transport = self._make_transport(transport, device)
         except BaseException:
             os.close(device)
             self._take_away()
@@ -112,16 +115,21 @@ class Session:
                 self.watch.kernel = self.transport
             self.transport.negotiate()
             self._check_path()
-            self._thread = threading.Thread(target=self._serve, name="transport", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._serve, name="transport", daemon=True)
+            thread.start()
+            self._thread = thread
             self._attach()
+            self.control = Control.open()
+            if self.control is not None:
+                self.control.record(self.record())
+            self._usable = True
+            if self._failure is not None:
+                raise self._failure
         except BaseException:
-            self.transport.stop()
-            self._take_away()
+            self._give_up()
+            if self._failure is not None:  # why it ended says more than that it has
+                raise self._failure from None
             raise
-        self.control = Control.open()
-        if self.control is not None:
-            self.control.record(self.record())
 
     def _start_watch(self) -> None:
         if self.options.watch is False:
@@ -164,6 +172,7 @@ class Session:
             mount_at(self.merged, what) if old_kernel else mount_by_fusermount(self.merged, what)
         )
         self.mount_fd = None
+        self._attached = True
         return device
 
     def _transport_options(self) -> TransportOptions:
@@ -190,10 +199,10 @@ class Session:
             for m in read_mounts()
         )
 
-    def _make_transport(self, device: int) -> Transport:
+    def _make_transport(self, wanted: str, device: int) -> Transport:
         from sdeefs.transports.choose import make, pick
 
-        choice = pick(self.options.transport or "auto")
+        choice = pick(wanted)
         logger.info("transport %s: %s", choice.name, choice.reason)
         return make(choice.name, self.filesystem, device, self._transport_options())
 
@@ -211,7 +220,8 @@ class Session:
             self.transport.run()
         except BaseException as error:
             self._failure = error
-            logger.error("the transport failed: %r", error, exc_info=True)
+            if self._usable:  # else open() raises it
+                logger.error("the transport failed: %r", error, exc_info=True)
         finally:
             # Whoever still waits for an answer gets ENOTCONN, not silence.
             if self._failure is not None:
@@ -227,6 +237,7 @@ class Session:
             found = os.stat(".", dir_fd=self.mount_fd)
             if self.merged is not None:
                 syscalls.attach(self.mount_fd, self.merged)
+                self._attached = True
                 # Ours would keep the mount alive after the last umount.
                 os.close(self.mount_fd)
                 self.mount_fd = None
@@ -234,8 +245,6 @@ class Session:
             assert self.merged is not None
             found = os.stat(self.merged)
         self.minor = os.minor(found.st_dev)
-        if self._failure is not None:
-            raise self._failure
 
     def record(self) -> dict[str, Any]:
         """What is fixed for the life of the mount."""
@@ -271,7 +280,11 @@ class Session:
         sys.setswitchinterval(0.0002)
         import trio
 
-        trio.run(self._beside, interval)
+        try:
+            trio.run(self._beside, interval)
+        except Exception as error:
+            logger.error("the server failed: %r", error, exc_info=not isinstance(error, OSError))
+            return 1
         return 0 if self._failure is None else 1
 
     async def _beside(self, interval: float) -> None:
@@ -392,7 +405,7 @@ class Session:
         if self.mount_fd is not None:
             os.close(self.mount_fd)
             self.mount_fd = None
-        if self.merged is None:
+        if self.merged is None or not self._attached:
             return
         mount = mount_at(self.merged)
         if mount is None or (self.minor and mount.device != (0, self.minor)):
@@ -424,11 +437,30 @@ class Session:
         finally:
             os.close(fd)
 
+    def _give_up(self) -> None:
+        """Something failed: the mount and its connection end, in whatever order is possible."""
+        if self._usable:
+            self._try_to_take_away()  # still served: what was written reaches upper
+            if self._ended.wait(5):
+                return
+        self.transport.stop()
+        if self._thread is not None:
+            self._ended.wait(5)  # its descriptors may be those that are missing
+        self._try_to_take_away()
+
+    def _try_to_take_away(self) -> None:
+        try:
+            self._take_away()
+        except (OSError, Refused) as error:
+            logger.error("unmounting %s: %s", self._places["merged"], error)
+
     def close(self) -> None:
         """Give everything back. The mount is gone or goes with us."""
         if self.control is not None:
             self.control.close()
             self.control = None
+        if self._thread is not None and not self._ended.is_set():
+            self._give_up()
         if self._thread is not None:
             self._thread.join(10)
             if self._thread.is_alive():

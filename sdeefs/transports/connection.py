@@ -100,6 +100,8 @@ class Connection:
         self._over = threading.Event()
         self._ending = threading.Lock()  # stop() and the end of run() don't meet
         self._descriptors = [fuse_fd]
+        # What the device's numbers become at the end, when none may be left to open it.
+        self._nothing = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
 
     # What the session asks
 
@@ -222,10 +224,9 @@ class Connection:
         abort_connection(self._fd)
         ended = self._workers.end(5)
         # A thread of ours that hangs may still use a number: it must not become another file's.
-        nothing = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
         for fd in self._descriptors:
-            os.dup2(nothing, fd, inheritable=False)
-        os.close(nothing)
+            os.dup2(self._nothing, fd, inheritable=False)
+        os.close(self._nothing)
         ended = self._notifier.end() and ended
         if self._backing_ids is not None:
             self._backing_ids.forget_all()
