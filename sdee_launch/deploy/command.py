@@ -8,15 +8,17 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sdee_launch import config, environments
+from sdee_launch import config, environments, protocol
 from sdee_launch.accounts import Account, my_account
 from sdee_launch.config import Settings
 from sdee_launch.deploy import api, cache, places, retired
 from sdee_launch.deploy.ended import release_ended
 from sdee_launch.deploy.errors import DeployProblem
+from sdee_launch.deploy.exclude import change
 from sdee_launch.deploy.generations import State
 from sdee_launch.deploy.inside import run_inside
 
@@ -37,10 +39,14 @@ def add_parser(subparsers: Subparsers) -> None:
     push = deploy.add_parser("push", help="make a generation now, so that the next job needn't")
     status = deploy.add_parser("status", help="the generations that there are")
     exclude = deploy.add_parser("exclude", help="what of an environment stays behind")
-    for parser, run in ((plan, _plan), (push, _push), (status, _status), (exclude, _exclude)):
-        parser.add_argument("--env", metavar="NAME", help="default: the site's default")
+    for parser, run in ((plan, _plan), (push, _push), (status, _status)):
+        parser.set_defaults(run=_guarded(_from_outside(run)))
+    exclude.set_defaults(run=_guarded(_exclude))
+    for parser in (plan, push, status, exclude):
+        parser.add_argument(
+            "--env", metavar="NAME", help="default: this one, or the site's default"
+        )
         parser.add_argument("--json", action="store_true")
-        parser.set_defaults(run=_guarded(run))
     for parser in (plan, push):
         parser.add_argument("--exclude", action="append", default=[], metavar="PATTERN")
     push.add_argument("--checksum", action="store_true", help="read every file, trust no time")
@@ -57,17 +63,11 @@ def add_parser(subparsers: Subparsers) -> None:
     verify.add_argument("--repair", action="store_true", help="remove what is wrong and unused")
     for parser, run in ((listing, _cache_list), (prune, _cache_prune), (verify, _cache_verify)):
         parser.add_argument("--json", action="store_true")
-        parser.set_defaults(run=_guarded(run))
+        parser.set_defaults(run=_guarded(_from_outside(run)))
 
 
 def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
     def guarded(options: argparse.Namespace) -> int:
-        if os.path.exists(INSIDE):
-            print(
-                "sdee: this looks at environments from outside; leave this one first",
-                file=sys.stderr,
-            )
-            return 1
         try:
             return run(options)
         except DeployProblem as error:
@@ -75,6 +75,18 @@ def _guarded(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Nam
             return 1
 
     return guarded
+
+
+def _from_outside(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    def checked(options: argparse.Namespace) -> int:
+        if os.path.exists(INSIDE):
+            raise DeployProblem(
+                "this looks at environments from outside: leave this one first (ssh HOST @host is"
+                " a plain login); of sdee deploy, only exclude works inside"
+            )
+        return run(options)
+
+    return checked
 
 
 class _Source:
@@ -192,24 +204,36 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _exclude(options: argparse.Namespace) -> int:
-    source = _Source(options.env)
-    with (
-        environments.open_store(source.account, source.settings) as store,
-        store.open(source.name) as opened,
-    ):
-        patterns = [p for p in opened.settings.exclude if p not in options.remove]
-        unknown = [p for p in options.remove if p not in opened.settings.exclude]
-        if unknown:
-            raise DeployProblem(f"{unknown[0]!r} isn't excluded by this environment")
-        patterns += [p for p in options.add if p not in patterns]
-        if options.add or options.remove:
-            environments.write_settings(opened, replace(opened.settings, exclude=tuple(patterns)))
+    if os.path.exists(INSIDE):
+        patterns = _exclude_inside(options)
+    else:
+        source = _Source(options.env)
+        with (
+            environments.open_store(source.account, source.settings) as store,
+            store.open(source.name) as opened,
+        ):
+            patterns = change(opened, options.add, options.remove)
     if options.json:
         print(json.dumps({"own": patterns, "defaults": list(api.DEFAULTS)}))
     else:
         for pattern in patterns:
             print(pattern)
     return 0
+
+
+def _exclude_inside(options: argparse.Namespace) -> list[str]:
+    """The daemon does it, as settings of environments aren't to be seen inside of one."""
+    name = options.env or Path(INSIDE).read_text().strip()
+    try:
+        reply, _ = protocol.request(
+            "deploy-exclude", environment=name, add=options.add, remove=options.remove
+        )
+    except protocol.Unavailable as error:
+        raise DeployProblem(
+            f"{error}; without sdeed this is done from outside, as sdee deploy exclude --env {name}"
+        ) from None
+    patterns = reply.get("patterns")
+    return [str(p) for p in patterns] if isinstance(patterns, list) else []
 
 
 def _cache_place() -> tuple[Account, str]:

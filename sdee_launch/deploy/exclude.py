@@ -10,6 +10,10 @@ import fnmatch
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import replace
+
+from sdee_launch.deploy.errors import DeployProblem
+from sdee_launch.environments import Environment, write_settings
 
 DEFAULTS = (
     "tmp/*",
@@ -23,6 +27,21 @@ DEFAULTS = (
     "__pycache__/*.tmp",
     ".nfs*",
 )
+
+
+def change(environment: Environment, add: Iterable[str], remove: Iterable[str]) -> list[str]:
+    """Put patterns on an environment's own list, and take some off; the list as it is then.
+
+    Raises DeployProblem, OSError.
+    """
+    before, gone = environment.settings.exclude, list(remove)
+    for pattern in gone:
+        if pattern not in before:
+            raise DeployProblem(f"{pattern!r} isn't excluded by this environment")
+    after = tuple(dict.fromkeys([*(p for p in before if p not in gone), *add]))
+    if after != before:
+        write_settings(environment, replace(environment.settings, exclude=after))
+    return list(after)
 
 
 class Excluded:

@@ -89,6 +89,28 @@ async def job_submit(daemon: Daemon, request: Request) -> Reply:
     return Reply({"variables": variables, "warning": result.get("warning", "")})
 
 
+@operation("deploy-exclude")
+async def deploy_exclude(daemon: Daemon, request: Request) -> Reply:
+    """From inside an environment of the caller's: change what of it doesn't travel."""
+    owner = await owner_of(request.uid)
+    environment = request.get("environment", str)
+    if not environments.valid_name(environment):
+        raise Refused(environments.name_problem(environment), "bad-request")
+    if owner.uid == 0:
+        raise Refused("root has no environments: they are for users", "denied")
+    reply, _ = await daemon.call(
+        owner.uid,
+        f"{_NODE}:exclude",
+        {
+            "uid": owner.uid,
+            "environment": environment,
+            "add": list(request.strings("add")),
+            "remove": list(request.strings("remove")),
+        },
+    )
+    return Reply({"patterns": reply.get("result")})
+
+
 @operation("job-prepare", admin=True, seconds=PREPARE_SECONDS)
 async def job_prepare(daemon: Daemon, request: Request) -> Reply:
     """From Prolog: bring the generation here and make the job's instance.

@@ -11,9 +11,10 @@ import os
 import shutil
 import subprocess
 
-from sdee_launch import config
+from sdee_launch import config, environments
 from sdee_launch.accounts import Account, account_of
 from sdee_launch.deploy.errors import DeployProblem
+from sdee_launch.deploy.exclude import change
 from sdee_launch.environments import EnvironmentProblem
 from sdee_launch.protocol import Refused
 from sdee_launch.site import as_user
@@ -58,6 +59,22 @@ def submit(
             " made: the job will fail without a word; use --output=FILE in your home"
         )
     return {**done, "warning": "\n".join(warnings)}
+
+
+def exclude(uid: int, environment: str, add: list[str], remove: list[str]) -> list[str]:
+    """From inside: change what of an environment stays behind; all of its own patterns."""
+    account, settings = _account(uid)
+    try:
+        with (
+            as_user(account),
+            environments.open_store(account, settings) as store,
+            store.open(environment) as opened,
+        ):
+            return change(opened, add, remove)
+    except (EnvironmentProblem, DeployProblem) as error:
+        raise Refused(str(error)) from None
+    except OSError as error:
+        raise Refused(f"{environment}: {error.strerror or error}") from None
 
 
 def _can_be_written(path: str) -> bool:

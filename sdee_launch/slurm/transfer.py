@@ -102,7 +102,7 @@ def publish(
             )  # fmt: skip
             identity, generation = done.identity, done.generation.number
             if not done.reused:
-                warning = _warning(account, settings, state, done.generation)
+                warning = _warning(account, settings, environment, state, done.generation)
     except DeployProblem as error:
         raise TransferError(str(error)) from None
     reference = Reference(environment, generation, identity, state, way)
@@ -120,7 +120,9 @@ def _chosen(settings: Settings) -> dict[str, str]:
     return {**chosen, "keep": "1"} if jobs.get("keep", False) else chosen
 
 
-def _warning(account: Account, settings: Settings, state: str, made: api.Generation) -> str:
+def _warning(
+    account: Account, settings: Settings, environment: str, state: str, made: api.Generation
+) -> str:
     """What the user is told of a generation that is larger than the site likes; else empty."""
     limit = places.parse_size(str(settings.section("deploy").get("warn_size") or WARN_SIZE))
     if made.package_bytes <= limit:
@@ -131,7 +133,8 @@ def _warning(account: Account, settings: Settings, state: str, made: api.Generat
     ]
     return (
         f"{places.size_text(made.package_bytes)} travel to each node, most of it from"
-        f" {', '.join(most)}; sdee deploy exclude --add keeps a directory here"
+        f" {', '.join(most)}; sdee deploy exclude --env {environment} --add PATH keeps a directory"
+        " here"
     )
 
 

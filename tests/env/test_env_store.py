@@ -6,6 +6,7 @@ import io
 import json
 import os
 import stat
+import subprocess
 import tarfile
 import time
 from collections.abc import Iterator
@@ -83,6 +84,34 @@ def test_info_and_diff(lab: Lab, env: str) -> None:
 def test_from_inside_it_is_refused(lab: Lab, env: str) -> None:
     done = lab.run(*lab.words("env", "list"), env=env)
     assert done.returncode == 1 and "from outside" in done.stderr and "root" not in done.stderr
+
+
+def _exclude_inside(lab: Lab, *words: str) -> subprocess.CompletedProcess[str]:
+    # The variable names the tests' socket as it is outside.
+    return lab.run("env", "-u", "SDEED_SOCKET", *lab.words("deploy", "exclude", *words))
+
+
+def test_what_stays_behind_is_changed_from_inside(alice: User) -> None:
+    with laboratory("site-kernel", alice) as made:
+        assert made.daemon is not None
+        made.daemon.stop()
+        made.daemon.environ["SDEED_SOCKET"] = made.daemon.socket  # so that it is shown inside
+        made.daemon.start()
+        done = _exclude_inside(made, "--add", "big/*", "--add", "core")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "big/*\ncore\n", "")
+        assert _exclude_inside(made, "--remove", "big/*").stdout == "core\n"
+        assert "isn't excluded" in _exclude_inside(made, "--remove", "big/*").stderr
+        assert "no environment other" in _exclude_inside(made, "--env", "other").stderr
+        outside = made.sdee("deploy", "exclude", "--env", "lab", "--json").stdout
+        assert json.loads(outside)["own"] == ["core"]
+        done = made.run(*made.words("deploy", "plan"))
+        assert done.returncode == 1 and "leave this one first" in done.stderr
+
+
+def test_without_a_daemon_what_stays_behind_is_changed_outside(alice: User) -> None:
+    with laboratory("rootless-fuse", alice) as made:
+        done = _exclude_inside(made, "--add", "core")
+        assert done.returncode == 1 and "sdee deploy exclude --env lab" in done.stderr, done.stderr
 
 
 def test_reset(lab: Lab, env: str) -> None:
