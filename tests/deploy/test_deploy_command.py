@@ -8,6 +8,7 @@ import pwd
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -112,12 +113,25 @@ def test_generations_go_with_their_environment(
     assert [x.name for x in (tmp_path / "spool").iterdir()] == ["other"]
 
 
-def test_env_rm_says_what_it_leaves(sdee: Sdee, alice: User) -> None:
-    sdee("deploy", "push", *OURS)
-    said = sdee("env", "rm", ENVIRONMENT).stderr
+def test_env_rm_says_what_it_leaves(
+    sdee: Sdee, alice: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spool = alice.home / ".local/share/sdee/spool" / ENVIRONMENT
-    # What Slurm's squeue says of its jobs here, if anything, decides.
-    assert spool.exists() == (f"{spool} stays" in said)
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:  # alice can't reach pytest's own
+        squeue = Path(name, "squeue")
+        squeue.write_text("#!/bin/sh\necho 7\n")
+        for path in (squeue, squeue.parent):
+            path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{name}:{os.environ['PATH']}")
+        sdee("deploy", "push", *OURS)
+        assert f"{spool} stays" in sdee("env", "rm", ENVIRONMENT).stderr
+        assert sdee("cache", "prune", "--json").stderr == "" and spool.exists()
+        squeue.write_text("#!/bin/sh\n")
+        assert f"removed {spool}" in sdee("cache", "prune", "--json").stderr
+        assert not spool.exists()
+        sdee("env", "create", ENVIRONMENT)
+        sdee("deploy", "push", *OURS)
+        assert sdee("env", "rm", ENVIRONMENT).stderr == "" and not spool.exists()
     sdee("env", "create", ENVIRONMENT)
 
 
