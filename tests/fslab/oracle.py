@@ -10,8 +10,8 @@ Kernel overlayfs is the yardstick. What sdeefs does differently on purpose:
   (writes through a memory map, through passthrough after a chmod) takes them always;
 - without FUSE's DONT_MASK (pyfuse3) the kernel has applied the umask before a default ACL could
   replace it: played with umask 0 there;
-- overlayfs can't change what has no name any more and was never copied up (EEXIST; of a directory
-  ENOTDIR, where sdeefs says ENOENT);
+- overlayfs can't change what has no name any more and was never copied up (EEXIST; ENOENT where its
+  directory is gone, too; of a directory ENOTDIR, where sdeefs says ENOENT);
 - it sets no ACL on what is still in a lower whose filesystem sets none (erofs, squashfs): such
   files are copied up first there;
 - with userxattr it can mark the origin of regular files alone: which names belong together is
@@ -151,7 +151,7 @@ def play_both(players: tuple[Player, Player], steps: Iterator[Step]) -> list[Ste
                 continue  # the two files would differ from here on
             expected = theirs.play(step)
             got = ours.play(step)
-            nameless = expected in (("EEXIST",), ("ENOTDIR",))
+            nameless = expected in (("EEXIST",), ("ENOENT",), ("ENOTDIR",))
             if nameless and step.call in ("fchmod", "fchown", "futime"):
                 continue
             if got != expected and not stale and not intended(step, got, expected):
