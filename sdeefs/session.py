@@ -65,6 +65,7 @@ class Session:
         self._tell: Any = None  # what to call when the transport has ended
         self._opened = False
         self._attached = False  # until then what is at merged is another's
+        self._left_mounted = False  # for want of descriptors
         self._usable = False  # from now on what fails is for the log
 
         def real(path: bytes | None) -> str | None:
@@ -443,16 +444,21 @@ class Session:
             self._try_to_take_away()  # still served: what was written reaches upper
             if self._ended.wait(5):
                 return
+            self._left_mounted = False
         self.transport.stop()
         if self._thread is not None:
             self._ended.wait(5)  # its descriptors may be those that are missing
         self._try_to_take_away()
 
     def _try_to_take_away(self) -> None:
+        """The last try, when all descriptors are free again, says why it failed."""
         try:
             self._take_away()
+            self._left_mounted = False
         except (OSError, Refused) as error:
-            logger.error("unmounting %s: %s", self._places["merged"], error)
+            if self._left_mounted:
+                logger.error("unmounting %s: %s", self._places["merged"], error)
+            self._left_mounted = True
 
     def close(self) -> None:
         """Give everything back. The mount is gone or goes with us."""
@@ -475,6 +481,8 @@ class Session:
         if self.mount_fd is not None:
             os.close(self.mount_fd)
             self.mount_fd = None
+        if self._left_mounted:
+            self._try_to_take_away()
         for fd in self._locks:
             os.close(fd)
         self._locks = []
