@@ -180,11 +180,11 @@ def test_threads_run_as_the_process_does_whoever_makes_them() -> None:
         seen.append(Scheduling(here.cpus, os.getpriority(os.PRIO_PROCESS, 0)))
         workers = Workers(1, here)
         workers.submit(1, lambda: seen.append(Scheduling.here()))
-        assert workers.end(DEADLINE) or seen
+        wait_for(lambda: len(seen) == 2, "the worker")
+        assert workers.end(DEADLINE)
 
     thread = threading.Thread(target=answer)
     thread.start()
     thread.join(DEADLINE)
-    wait_for(lambda: len(seen) == 2, "the worker")
     assert seen[0].nice < here.nice or os.geteuid()
     assert seen[1] == here == Scheduling.here()
