@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 
@@ -14,6 +15,8 @@ FEWEST_DIRECTORIES = 16
 _SERVER = 20
 #: Files that callers have open, and what one request opens for itself.
 _FILES = 16
+#: Descriptors that the kernel's table holds without growing: 16 KiB.
+_ROOM = 2048
 #: Each lower is opened twice: its root as a layer's, and as the merged root's.
 _LOWER = 2
 #: libfuse's clone of the device, its pipe, a trio of its own.
@@ -30,6 +33,23 @@ def raise_limit() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, max(wanted, hard)))
     except (OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def make_room() -> None:
+    """Have the kernel's table of this process's descriptors grow now, while there is one thread.
+
+    Later each doubling waits until no thread reads the old one (synchronize_rcu() in Linux's
+    expand_fdtable()), some 10 ms here. Where the limit is lower there is as much room as it allows.
+    """
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    last = _ROOM - 1 if soft == resource.RLIM_INFINITY else min(_ROOM, soft) - 1
+    first = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.close(fcntl.fcntl(first, fcntl.F_DUPFD_CLOEXEC, last))
+    except OSError:
+        pass  # that one is taken, and so the table is large enough
+    finally:
+        os.close(first)
 
 
 def directories_to_keep() -> int:

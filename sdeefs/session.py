@@ -96,6 +96,7 @@ class Session:
         from sdeefs.core.filesystem import Filesystem
 
         transport = descriptors.transport_for(self.options)
+        descriptors.make_room()
         self._locks = refusals.lock_layers(self.options)
         userxattr = not privileges.on_host()
         settings = self.options.settings(userxattr=userxattr)

@@ -140,3 +140,12 @@ def test_what_fails_leaves_the_mount_below_it(lab: Lab, tmp_path: Path) -> None:
     assert "passthrough=on" in refused.stderr
     assert (lab.merged / "file").read_text() == "of lower\n"
     lab.umount()
+
+
+def test_the_table_of_descriptors_grows_before_there_are_threads(lab: Lab) -> None:
+    lab.mount()
+    try:
+        status = Path(f"/proc/{lab.pid()}/status").read_text()
+        assert "\nFDSize:\t2048\n" in status
+    finally:
+        lab.umount()
