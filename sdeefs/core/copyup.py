@@ -154,7 +154,7 @@ class CopyUp(AttributesRoom):
         source_fd = self._reopen_lower(node)
         try:
             source = os.fstat(source_fd)
-            if source.st_ino != node.ino:
+            if not node.is_of(source):
                 raise stale()
             amount = min(size, source.st_size)
             if amount and not self.settings.volatile:
@@ -186,7 +186,7 @@ class CopyUp(AttributesRoom):
                     source_fd = self._reopen_lower(node)
                     try:
                         source = os.fstat(source_fd)
-                        if source.st_ino != node.ino:
+                        if not node.is_of(source):
                             raise stale()
                         prepared = self._prepare(node, source_fd, source)
                     except BaseException:
@@ -318,7 +318,7 @@ class CopyUp(AttributesRoom):
         credentials.settle()
         where, old = self._place(node)
         source = os.stat(old, dir_fd=where, follow_symlinks=False) if old else os.fstat(where)
-        if source.st_ino != node.ino:
+        if not node.is_of(source):
             raise stale()
         name = upper.temporary()
         if node.kind == stat.S_IFLNK:

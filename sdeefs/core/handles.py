@@ -133,7 +133,7 @@ class Handles(Renames):
     @staticmethod
     def _checked(node: Node, fd: int) -> int:
         """Never one file's data under another's name."""
-        if os.fstat(fd).st_ino != node.ino:
+        if not node.is_of(os.fstat(fd)):
             os.close(fd)
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
         return fd

@@ -7,6 +7,7 @@ carry them in an `Extra`, so that a million plain files stay small.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from sdeefs.core.api import ROOT_NODE
@@ -75,6 +76,10 @@ class Node:
         self.shown = shown  # st_ino in merged
         self.extra: Extra | None = None
         self.stamp = 0  # of a file of lower under write-back: the size and time that were told
+
+    def is_of(self, st: os.stat_result) -> bool:
+        """Whether it stands for the object that was found: file systems use inode numbers again."""
+        return st.st_ino == self.ino and st.st_mode & 0o170000 == self.kind
 
     def more(self) -> Extra:
         """The Extra, made when first needed."""

@@ -282,7 +282,7 @@ class Union:
             st = os.stat(name, dir_fd=fd, follow_symlinks=False) if name else os.fstat(fd)
         except FileNotFoundError:
             raise stale() from None
-        if st.st_ino != node.ino:
+        if not node.is_of(st):
             raise stale()
         return st
 

@@ -424,6 +424,21 @@ def test_errors_are_the_kernels() -> None:
         assert c.ask(Opcode.GETATTR, 999, wire.GETATTR_IN.pack(0, 0, 0))[0] == errno.ESTALE
 
 
+def test_an_inode_number_that_is_used_again_is_another_object() -> None:
+    with sides("plain") as (python, c):
+        player = Player(python, c)
+        player.play("lookup", 0, ("file", 1))
+        number = player.nodes[-1]
+        for side in (python, c):
+            path = side.base / "lower0" / "file"
+            path.unlink()
+            path.mkdir()
+            side.filesystem.table.nodes[number].ino = path.stat().st_ino
+            getattr = wire.GETATTR_IN.pack(0, 0, 0)
+            assert side.ask(Opcode.GETATTR, number, getattr)[0] == errno.ESTALE
+            assert side.ask(Opcode.OPEN, number, wire.OPEN_IN.pack(0, 0))[0] == errno.ESTALE
+
+
 def test_what_is_on_the_disk_alone_is_read_by_a_worker(tmp_path: Path) -> None:
     """One who waits for a disk must not keep the others of this thread waiting."""
     data = os.urandom(1 << 18)

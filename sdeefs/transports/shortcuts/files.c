@@ -161,7 +161,7 @@ int do_open(Shortcuts *self, struct call *call)
 	if (fd < 0)
 		return errno == EACCES || errno == EPERM || errno == ENOENT || errno == ELOOP || errno == ENXIO ?
 			LEAVE : errno;
-	if (fstat(fd, &st) < 0 || st.st_ino != slot_u64(node, shape.ino) ||
+	if (fstat(fd, &st) < 0 || !is_of(node, &st) ||
 	    (writable && st.st_mode & 06000) || may_be_secret(self, layer, &st, place.fd, place.name))
 		rc = LEAVE;
 	else

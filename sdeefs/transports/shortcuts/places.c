@@ -74,12 +74,18 @@ int stat_place(const struct place *place, struct stat *st)
 	return rc < 0 ? errno : 0;
 }
 
+/* Node.is_of(): file systems use inode numbers again. */
+int is_of(PyObject *node, const struct stat *st)
+{
+	return st->st_ino == slot_u64(node, shape.ino) && (st->st_mode & S_IFMT) == slot_u64(node, shape.kind);
+}
+
 /* Of the object that the node stands for; where another one has its place, Python says what it is. */
 int stat_node(Shortcuts *self, PyObject *node, struct stat *st)
 {
 	struct place place;
 
-	if (place_of(self, node, &place) || stat_place(&place, st) || st->st_ino != slot_u64(node, shape.ino))
+	if (place_of(self, node, &place) || stat_place(&place, st) || !is_of(node, st))
 		return LEAVE;
 	return ANSWERED;
 }

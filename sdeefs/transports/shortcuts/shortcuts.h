@@ -150,6 +150,7 @@ struct place {
 };
 int directory_fd(Shortcuts *self, PyObject *directory, long layer); /* -1: not open */
 int place_of(Shortcuts *self, PyObject *node, struct place *place); /* ANSWERED or LEAVE */
+int is_of(PyObject *node, const struct stat *st);
 int stat_place(const struct place *place, struct stat *st);	    /* an errno */
 int stat_node(Shortcuts *self, PyObject *node, struct stat *st);   /* LEAVE where it isn't there */
 int shown_attributes(Shortcuts *self, PyObject *node, const struct stat *st, struct fuse_attr *attr);
