@@ -15,6 +15,10 @@ import stat
 _PLACES = 512
 
 
+def _key(pid: int, kind: int) -> int:
+    return pid << 1 | (kind == stat.S_IFDIR)
+
+
 class Lookers:
     """What is known of the processes that list directories. The core's lock is held by who calls."""
 
@@ -23,10 +27,10 @@ class Lookers:
 
     def wants(self, pid: int, kind: int) -> bool:
         """Whether a process looks up what it lists, of this kind (S_IFMT bits)."""
-        key = pid << 1 | (kind == stat.S_IFDIR)
+        key = _key(pid, kind)
         return self.table[key % _PLACES] == key
 
     def note(self, pid: int, kind: int) -> None:
         """It looked up a name of this kind that it had been told without attributes."""
-        key = pid << 1 | (kind == stat.S_IFDIR)
+        key = _key(pid, kind)
         self.table[key % _PLACES] = key

@@ -6,18 +6,13 @@
 /* The kernel may keep a directory's entries where it learns of every change: Filesystem.caches_directory(). */
 static int is_cacheable(Shortcuts *self, PyObject *directory)
 {
-	PyObject *value;
 	double timeout;
 
 	if (self->upper_timeout <= 0)
 		return 0;
 	if (!PyTuple_GET_SIZE(SLOT(directory, shape.lowers)))
 		return 1;
-	value = PyObject_GetAttr(self->filesystem, str_lower_timeout);
-	if (!value)
-		return -1;
-	timeout = PyFloat_AsDouble(value);
-	Py_DECREF(value);
+	timeout = lower_timeout(self);
 	return PyErr_Occurred() ? -1 : timeout >= self->upper_timeout;
 }
 
@@ -77,17 +72,6 @@ int do_releasedir(Shortcuts *self, struct call *call)
 	Py_DECREF(handle);
 	call->size = 0;
 	return ANSWERED;
-}
-
-static PyObject *find_open(Shortcuts *self, uint64_t handle)
-{
-	PyObject *key = PyLong_FromUnsignedLongLong(handle), *open;
-
-	if (!key)
-		return NULL;
-	open = PyDict_GetItemWithError(self->open_dirs, key);
-	Py_DECREF(key);
-	return open && Py_IS_TYPE(open, shape.open_directory) ? open : NULL;
 }
 
 /* A look-up that isn't plain, by Python: its encoded answer, or 0 for a name to leave out. */
@@ -209,7 +193,7 @@ static int read_page(Shortcuts *self, struct call *call, int plus)
 	if (trim(self) < 0)
 		return FAILED;
 	memcpy(&in, call->body, sizeof in);
-	open = find_open(self, in.fh);
+	open = find_open_directory(self, in.fh);
 	if (!open)
 		return PyErr_Occurred() ? FAILED : LEAVE;
 	entries = entries_of(self, open, in.offset);

@@ -5,15 +5,6 @@
 #include <fcntl.h>
 #include <unistd.h>
 
-static int is_true(PyObject *object, PyObject *attribute)
-{
-	PyObject *value = PyObject_GetAttr(object, attribute);
-	int truth = value ? PyObject_IsTrue(value) : -1;
-
-	Py_XDECREF(value);
-	return truth;
-}
-
 /* The only layer that has the directory, open; LEAVE where others say something, too. */
 static int only_layer(Shortcuts *self, PyObject *directory, long *layer)
 {

@@ -64,11 +64,7 @@ static int bind(Shortcuts *self, PyObject *parent, PyObject *name, long layer, i
 /* Zero-size files may be whiteouts where the layer has such. */
 int has_xattr_whiteouts(Shortcuts *self, long layer)
 {
-	PyObject *value = PyObject_GetAttr(self->layers[layer].object, str_xwhiteouts);
-	int truth = value ? PyObject_IsTrue(value) : -1;
-
-	Py_XDECREF(value);
-	return truth;
+	return is_true(self->layers[layer].object, str_xwhiteouts);
 }
 
 /* What a name stands for, if it is a file or nothing: Lookup._find() and _bind(). */

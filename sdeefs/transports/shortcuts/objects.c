@@ -155,6 +155,15 @@ int is_directory(PyObject *node)
 	return Py_IS_TYPE(node, shape.directory);
 }
 
+int is_true(PyObject *object, PyObject *attribute)
+{
+	PyObject *value = PyObject_GetAttr(object, attribute);
+	int truth = value ? PyObject_IsTrue(value) : -1;
+
+	Py_XDECREF(value);
+	return truth;
+}
+
 static PyObject *numbered(PyObject *dict, uint64_t number)
 {
 	PyObject *key = PyLong_FromUnsignedLongLong(number), *found;
@@ -178,6 +187,13 @@ PyObject *find_file(Shortcuts *self, uint64_t handle)
 	PyObject *file = numbered(self->files, handle);
 
 	return file && Py_IS_TYPE(file, shape.open_file) ? file : NULL;
+}
+
+PyObject *find_open_directory(Shortcuts *self, uint64_t handle)
+{
+	PyObject *open = numbered(self->open_dirs, handle);
+
+	return open && Py_IS_TYPE(open, shape.open_directory) ? open : NULL;
 }
 
 PyObject *next_number(PyObject *owner, PyObject *attribute)

@@ -178,20 +178,21 @@ int shown_attributes(Shortcuts *self, PyObject *node, const struct stat *st, str
 }
 
 /* How long the kernel may believe what comes from a layer. */
+double lower_timeout(Shortcuts *self)
+{
+	PyObject *value = PyObject_GetAttr(self->filesystem, str_lower_timeout);
+	double timeout = value ? PyFloat_AsDouble(value) : -1;
+
+	Py_XDECREF(value);
+	return timeout;
+}
+
 int timeout_of(Shortcuts *self, long layer, uint64_t *seconds, uint32_t *nanoseconds)
 {
-	double timeout = self->upper_timeout;
+	double timeout = layer == UPPER ? self->upper_timeout : lower_timeout(self);
 
-	if (layer != UPPER) {
-		PyObject *value = PyObject_GetAttr(self->filesystem, str_lower_timeout);
-
-		if (!value)
-			return FAILED;
-		timeout = PyFloat_AsDouble(value);
-		Py_DECREF(value);
-		if (timeout < 0)
-			return PyErr_Occurred() ? FAILED : LEAVE;
-	}
+	if (timeout < 0)
+		return PyErr_Occurred() ? FAILED : LEAVE;
 	*seconds = (uint64_t)timeout;
 	*nanoseconds = (uint32_t)((timeout - (double)*seconds) * 1e9);
 	return ANSWERED;

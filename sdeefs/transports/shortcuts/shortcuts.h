@@ -129,8 +129,10 @@ long slot_int(PyObject *object, Py_ssize_t at); /* small numbers; -1 where it is
 uint64_t slot_u64(PyObject *object, Py_ssize_t at);
 void set_slot(PyObject *object, Py_ssize_t at, PyObject *value); /* steals value */
 int is_directory(PyObject *node);
+int is_true(PyObject *object, PyObject *attribute); /* -1 with an exception */
 PyObject *find_node(Shortcuts *self, uint64_t number); /* borrowed; NULL: none, or an exception */
 PyObject *find_file(Shortcuts *self, uint64_t handle); /* the same, of an open file */
+PyObject *find_open_directory(Shortcuts *self, uint64_t handle); /* and of an open directory */
 PyObject *new_node(Shortcuts *self, PyObject *parent, PyObject *name, const struct stat *st, long layer,
 		   uint64_t shown, PyObject *stamp);
 PyObject *new_directory(Shortcuts *self, PyObject *parent, PyObject *name, const struct stat *st, long layer,
@@ -156,6 +158,7 @@ int stat_node(Shortcuts *self, PyObject *node, struct stat *st);   /* LEAVE wher
 int shown_attributes(Shortcuts *self, PyObject *node, const struct stat *st, struct fuse_attr *attr);
 int stored_ids(const struct owners *owners, uint32_t uid, uint32_t gid, uint32_t *stored_uid,
 	       uint32_t *stored_gid); /* -1: no place in the map; 0xFFFFFFFF stays */
+double lower_timeout(Shortcuts *self); /* seconds; -1 with an exception */
 int timeout_of(Shortcuts *self, long layer, uint64_t *seconds, uint32_t *nanoseconds);
 int may_be_secret(Shortcuts *self, long layer, const struct stat *st, int fd, const char *name);
 void xattr_path(char *path, size_t size, const struct place *place);
