@@ -167,6 +167,7 @@ _OLD_NUMBERS = {
         "fanotify_mark": 301,
         "syncfs": 306,
         "statx": 332,
+        "sync_file_range": 277,
     },
     "aarch64": {
         "pivot_root": 41,
@@ -180,6 +181,7 @@ _OLD_NUMBERS = {
         "fanotify_mark": 263,
         "syncfs": 267,
         "statx": 291,
+        "sync_file_range": 84,
     },
 }
 _NUMBERS = {
@@ -195,6 +197,7 @@ _NUMBERS = {
 }
 
 _STATX_BTIME = 0x800
+_SYNC_FILE_RANGE_WRITE = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -391,6 +394,11 @@ def renameat2(old_dirfd: int, old: Path, new_dirfd: int, new: Path, flags: int =
 def syncfs(fd: int) -> None:
     """syncfs(2): write out the file system of `fd`."""
     call("syncfs", fd)
+
+
+def start_writing_out(fd: int) -> None:
+    """sync_file_range(2): have the kernel begin to write a file to its disk, and don't wait."""
+    call("sync_file_range", fd, 0, 0, _SYNC_FILE_RANGE_WRITE)
 
 
 def name_to_handle_at(dirfd: int, path: Path, flags: int = 0) -> tuple[bytes, int]:

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING
 from sdee_launch import config, environments
 from sdee_launch.accounts import my_account
 from sdee_launch.environments import Environment, EnvironmentSettings, Store, try_lock
+from sdee_launch.protocol import INSIDE
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 #: Seconds in which what the last session left behind is gone with it.
 _SETTLED = 0.3
-#: Made in every instance.
-_INSIDE = "/run/sdee/inside"
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -64,11 +63,8 @@ def add_parser(subparsers: Subparsers) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Do it. Raises EnvironmentProblem, ConfigError, NotEntered, OSError."""
-    if os.path.exists(_INSIDE):
-        raise environments.EnvironmentProblem(
-            "this looks at environments from outside: leave this one first (ssh HOST @host is a"
-            " plain login)"
-        )
+    if os.path.exists(INSIDE):
+        raise environments.EnvironmentProblem(environments.FROM_OUTSIDE)
     account = my_account()
     if account.uid == 0:
         raise environments.EnvironmentProblem("root has no environments: they are for users")

@@ -41,6 +41,10 @@ _DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_FILE = 1 << 20
 
 
+#: To who is inside of one.
+FROM_OUTSIDE = "this looks at environments from outside: leave this one first (ssh HOST @host is a plain login)"
+
+
 class EnvironmentProblem(Exception):
     """What can't be done with an environment, and why, in one line."""
 

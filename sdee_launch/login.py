@@ -105,7 +105,9 @@ def _host_shell(shell: str, want: Wanted) -> int:
 
 def _inside_already() -> bool:
     """Whether this is the inside of an instance: `su - USER` in it is just a shell."""
-    return bool(os.environ.get("SDEE_ENVIRONMENT")) or os.path.exists("/run/sdee/inside")
+    from sdee_launch.protocol import INSIDE
+
+    return bool(os.environ.get("SDEE_ENVIRONMENT")) or os.path.exists(INSIDE)
 
 
 def main() -> int:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 SOCKET_PATH = "/run/sdee/sdeed.sock"
+#: Made in every instance, with the name of its environment.
+INSIDE = "/run/sdee/inside"
 #: No request is longer; a reply (a listing) may be.
 MAX_REQUEST = 64 * 1024
 MAX_REPLY = 8 * 1024 * 1024

@@ -170,7 +170,7 @@ def run(
 def _inside() -> str | None:
     """The environment that this process is in."""
     try:
-        with open("/run/sdee/inside", encoding="ascii") as file:
+        with open(protocol.INSIDE, encoding="ascii") as file:
             return file.read().strip()
     except (OSError, ValueError):
         return None

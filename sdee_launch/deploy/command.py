@@ -21,11 +21,10 @@ from sdee_launch.deploy.errors import DeployProblem
 from sdee_launch.deploy.exclude import change
 from sdee_launch.deploy.generations import State
 from sdee_launch.deploy.inside import run_inside
+from sdee_launch.protocol import INSIDE
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
-
-INSIDE = "/run/sdee/inside"
 
 
 def add_parser(subparsers: Subparsers) -> None:
@@ -81,8 +80,7 @@ def _from_outside(run: Callable[[argparse.Namespace], int]) -> Callable[[argpars
     def checked(options: argparse.Namespace) -> int:
         if os.path.exists(INSIDE):
             raise DeployProblem(
-                "this looks at environments from outside: leave this one first (ssh HOST @host is"
-                " a plain login); of sdee deploy, only exclude works inside"
+                f"{environments.FROM_OUTSIDE}; of sdee deploy, only exclude works inside"
             )
         return run(options)
 

@@ -11,7 +11,7 @@ frames, whatever the sizes.
 
 from __future__ import annotations
 
-import ctypes
+import contextlib
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -19,6 +19,7 @@ from typing import IO, Any
 
 import zstandard
 
+from mount_helpers import syscalls
 from sdee_launch.deploy import archive
 from sdee_launch.deploy.errors import Damaged
 from sdee_launch.deploy.workers import Workers
@@ -40,7 +41,6 @@ LARGE = 1 << 17
 SAMPLE = 1 << 14
 #: After so many bytes the disk is set to work, while the rest is hashed and compressed.
 EARLY = 1 << 22
-SYNC_FILE_RANGE_WRITE = 2
 #: So many blocks may wait for being hashed: neither thread waits for the other at each.
 BEHIND = 2
 # RFC 8878: magic number; no content size, no checksum; a window of 1 MiB.
@@ -111,13 +111,6 @@ def _write_at(fd: int, data: bytes, offset: int) -> None:
         written += os.pwrite(fd, data[written:], offset + written)
 
 
-def _write_out(fd: int) -> None:
-    """Have the kernel begin to write a file to its disk: fsync(2) has less to wait for. A hint."""
-    ctypes.CDLL(None).sync_file_range(
-        fd, ctypes.c_int64(0), ctypes.c_int64(0), SYNC_FILE_RANGE_WRITE
-    )
-
-
 class _Frames:
     """Writes an archive into a file, frame by frame, each compressed and written by a thread."""
 
@@ -163,7 +156,8 @@ class _Frames:
         self._dirty += sum(map(len, parts))
         if self._dirty >= EARLY:
             self._dirty = 0
-            _write_out(self._fd)
+            with contextlib.suppress(OSError):  # a hint: fsync(2) has less to wait for
+                syscalls.start_writing_out(self._fd)
 
     def _cut(self) -> bytes:
         data = b"".join(self._parts)

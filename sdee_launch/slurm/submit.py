@@ -18,9 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from sdee_launch import protocol
+from sdee_launch.protocol import INSIDE
 
-#: An instance has this file.
-INSIDE = "/run/sdee/inside"
 #: Of the submitter's variables, what a job takes: for one job on another engine, or by another way.
 CHOSEN = ("engine", "transport")
 #: A snapshot of a large upper takes its time.
