@@ -71,6 +71,8 @@ class Notifier:
 
     def _work(self) -> None:
         self._scheduling.take()
+        # Who has its answer may ask again at once, and must not be told what the kernel had cached.
+        self._scheduling.answer_callers()
         while True:
             with self._changed:
                 while not self._waiting:
