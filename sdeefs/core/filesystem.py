@@ -66,10 +66,13 @@ class Filesystem(Xattrs):
 
     def forget(self, node: int, count: int) -> None:
         """The kernel drops `count` look-ups of a node."""
+        dropped = []
         with self.lock:
             self.table.forget(node, count)
             if self.table.dropped or self.table.dropped_directories:
-                self._close_dropped()
+                dropped = self._take_dropped()
+        for fd in dropped:
+            os.close(fd)
 
     # attributes
 

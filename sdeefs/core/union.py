@@ -233,6 +233,12 @@ class Union:
                     os.close(fd)
 
     def _close_dropped(self) -> None:
+        for fd in self._take_dropped():
+            os.close(fd)
+
+    def _take_dropped(self) -> list[int]:
+        """What is left of nodes that are gone, but for these descriptors: the caller closes them,
+        best without the lock. The last one of a removed object's frees its blocks."""
         watch = self.watch
         gone = self.table.dropped_directories
         while gone:
@@ -245,9 +251,8 @@ class Union:
             name = names.pop()
             if self.upper is not None and self.upper.work >= 0:
                 discard(self.upper.work, name)
-        dropped = self.table.dropped
-        while dropped:
-            os.close(dropped.pop())
+        dropped, self.table.dropped = self.table.dropped, []
+        return dropped
 
     # where an object is
 

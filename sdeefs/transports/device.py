@@ -1,9 +1,9 @@
 """The device transport: threads that read requests from /dev/fuse and write the answers.
 
 Each thread has a descriptor of its own (FUSE_DEV_IOC_CLONE), so that they don't meet on one queue
-of answers. Their loop is in C where that is built, else here. They
-block in read(2), where the kernel wakes exactly one for each request, and nothing but the end of the
-connection wakes them otherwise: `stop()` aborts it.
+of answers. Their loop is in C where that is built (and follows a lone caller to its CPU:
+`_following.h`), else here. They block in read(2), where the kernel wakes exactly one for each request,
+and nothing but the end of the connection wakes them otherwise: `stop()` aborts it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from sdeefs.transports.connection import (
     error_number,
     note_reply_failed,
 )
+from sdeefs.transports.forgetting import Forgetter
 from sdeefs.transports.mount_device import open_device
-from sdeefs.transports.requests import Deferred
 from sdeefs.transports.transport import TransportOptions
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,8 @@ class DeviceTransport(Connection):
         super().__init__(operations, fuse_fd, options)
         self._finished = threading.Event()
         self._serving = 0
-        self._loops: list[Device] = []
+        self._loop: Device | None = None
+        self._forgetter = Forgetter(self._scheduling)
 
     def run(self) -> None:
         """Serve until the mount is gone or `stop()`."""
@@ -74,12 +75,17 @@ class DeviceTransport(Connection):
             for _ in range(1, max(1, self._options.threads)):
                 self._descriptors.append(clone_device(self._fd))
             self._serving = len(self._descriptors)
+            for opcode in (wire.Opcode.FORGET, wire.Opcode.BATCH_FORGET):
+                self._handlers[opcode] = self._forgetter.instead_of(self._handlers[opcode])
+            if Device is not None and self._options.shortcuts:
+                self._loop = self._loop_in_c()
             for i, fd in enumerate(self._descriptors):
                 threading.Thread(
                     target=self._serve_one, args=(fd,), name=f"device-{i}", daemon=True
                 ).start()
             self._finished.wait()
         finally:
+            self._forgetter.end()
             self._wind_up()
 
     def stop(self) -> None:
@@ -93,30 +99,26 @@ class DeviceTransport(Connection):
                 self._finished.set()
 
     def counters(self) -> dict[str, int]:
-        return self._sum([*self._counts, *[loop.counts() for loop in self._loops]])
+        return self._sum([*self._counts, *([self._loop.counts()] if self._loop else [])])
 
     def _serve_one(self, fd: int) -> None:
         try:
-            if Device is not None and self._options.shortcuts:
-                self._serve_in_c(fd)
-            else:
+            if self._loop is None:
                 self._serve(fd)
+                return
+            self._scheduling.answer_callers()
+            number = self._loop.run(fd)
+            if number not in GONE:
+                log.error("reading requests: %s", os.strerror(number))
         finally:
             with self._ending:
                 self._serving -= 1
                 if self._serving == 0:
                     self._finished.set()
 
-    def _serve_in_c(self, fd: int) -> None:
-        def later(unique: int, pid: int, deferred: Deferred) -> None:
-            self._later(fd, unique, pid, deferred)
-
+    def _loop_in_c(self) -> Device:
         size = max(wire.MIN_READ_BUFFER, self._max_write + 4096)
-        loop = Device(fd, size, self._handlers, later, _log_fault)
-        self._loops.append(loop)
-        number = loop.run()
-        if number not in GONE:
-            log.error("reading requests: %s", os.strerror(number))
+        return Device(size, self._handlers, self._later, _log_fault)
 
     def _drop(self, unique: int) -> None:
         for fd in self._descriptors:

@@ -16,15 +16,13 @@ from sdeefs.core.api import Operations
 from sdeefs.transports import wire
 from sdeefs.transports._ring import Ring
 from sdeefs.transports.connection import GONE, Connection, error_number, finish, note_reply_failed
+from sdeefs.transports.forgetting import PAUSE
 from sdeefs.transports.requests import Deferred
 from sdeefs.transports.ring import RingPlan, plan_here
 from sdeefs.transports.transport import TransportOptions
 
 log = logging.getLogger(__name__)
 
-#: Seconds between two looks at the device while it has something: forgets are many and not urgent,
-#: and each wake-up would take a CPU from those who work.
-_PAUSE = 0.01
 #: How a ring ends when the connection does.
 _ENDS = (0, errno.ENOTCONN, errno.ECONNABORTED, errno.ENODEV, errno.ECANCELED)
 
@@ -151,7 +149,7 @@ class RingTransport(Connection):
                         log.error("reading requests: %s", error.strerror)
                     return
                 self._answer_classic(fd, bytes(memoryview(buffer)[:length]), counts)
-            pause.poll(int(_PAUSE * 1000))
+            pause.poll(int(PAUSE * 1000))
 
     def _answer_classic(self, fd: int, request: bytes, counts: list[int]) -> None:
         _, opcode, unique, node, uid, gid, pid, _, _ = wire.IN_HEADER.unpack_from(request)

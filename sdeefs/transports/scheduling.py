@@ -1,5 +1,5 @@
-"""Where and how urgently a server's threads run: each inherits from its maker, and a ring's thread is
-bound to one CPU and a little more urgent than those it serves."""
+"""Where and how urgently a server's threads run: each inherits from its maker, and who answers callers
+(a ring's thread, a reader of the device) is bound to their CPU and more urgent than they are."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 #: By how much. A caller that has had more of its CPU than who answers it stays on that CPU while it
 #: waits; else Linux (from 6.12 on) sends it to an idle one with the answer, which has to be woken.
-#: With 5, the answering thread's time counts for a third.
-_MORE_URGENT = 5
+#: With 10, the answering thread's time counts for a ninth.
+_MORE_URGENT = 10
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ def test_the_loop_ends_when_the_device_was_replaced() -> None:
     back from the kernel must not spin."""
     ended = []
     null = os.open("/dev/null", os.O_RDWR | os.O_CLOEXEC)
-    loop = _device.Device(null, 8192, [], print, print)
-    thread = threading.Thread(target=lambda: ended.append(loop.run()), daemon=True)
+    loop = _device.Device(8192, [], print, print)
+    thread = threading.Thread(target=lambda: ended.append(loop.run(null)), daemon=True)
     thread.start()
     thread.join(DEADLINE)
     os.close(null)

@@ -1,0 +1,112 @@
+"""The device's readers and the CPU of their caller."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from sdeefs.transports.forgetting import Forgetter
+from tests.transports.server_lab import DEADLINE, Server, mirror, wait_for
+
+CPUS = sorted(os.sched_getaffinity(0))
+#: Requests after which a lone caller has been followed.
+SOME = 200
+
+in_c = pytest.mark.usefixtures("_in_c")
+
+
+@pytest.fixture
+def _in_c() -> None:
+    pytest.importorskip("sdeefs.transports._device", reason="needs the C extensions")
+    if len(CPUS) < 2:
+        pytest.skip("needs two CPUs")
+
+
+@pytest.fixture
+def server(source: Path, root: Path) -> Iterator[Server]:
+    with mirror(source, root, "device") as running:
+        yield running
+
+
+def ask_from(cpu: int, root: Path, name: str, requests: int = SOME) -> int:
+    """A process bound to a CPU that looks for names that aren't there; returns its number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        os.sched_setaffinity(0, {cpu})
+        for number in range(requests):
+            (root / f"{name}{number}").exists()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def ends(*pids: int) -> None:
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * len(pids)
+
+
+def bound_to(server: Server) -> list[int]:
+    """The CPUs of those of the server's threads that may use one only."""
+    allowed = [
+        os.sched_getaffinity(int(task.name))
+        for task in Path(f"/proc/{server.process.pid}/task").iterdir()
+    ]
+    return [cpu for cpus in allowed if len(cpus) == 1 for cpu in cpus]
+
+
+@in_c
+def test_readers_follow_a_lone_caller(server: Server, root: Path) -> None:
+    assert bound_to(server) == []
+    for turn, cpu in enumerate((*CPUS[:2], CPUS[0])):
+        ends(ask_from(cpu, root, f"turn{turn}-"))
+        wait_for(lambda cpu=cpu: bound_to(server) == [cpu, cpu], f"both readers on CPU {cpu}")
+
+
+@in_c
+def test_readers_of_many_callers_are_free(server: Server, root: Path) -> None:
+    ends(ask_from(CPUS[0], root, "alone"))
+    assert bound_to(server)
+    callers = [
+        ask_from(cpu, root, f"many{number}-", 1_000_000) for number, cpu in enumerate(CPUS[:2] * 2)
+    ]
+    try:
+        wait_for(lambda: bound_to(server) == [], "readers that may use every CPU")
+    finally:
+        for pid in callers:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+@in_c
+def test_other_threads_are_not_bound(server: Server, root: Path, source: Path) -> None:
+    """A reader's threads inherit its CPUs from it, unless they see to it."""
+    ends(ask_from(CPUS[1], root, "first"))
+    (source / "sub").mkdir()
+    for turn in range(3):
+        (root / f"made{turn}").write_bytes(b"x")
+        (root / f"made{turn}").unlink()
+    ends(ask_from(CPUS[1], root, "second"))
+    assert sorted(bound_to(server)) == [CPUS[1]] * 2
+
+
+def test_the_forgetter_calls_in_order_and_drops_the_rest_at_the_end() -> None:
+    seen: list[int] = []
+
+    def handler(node: int, body: object, uid: int, gid: int, pid: int) -> None:
+        seen.append(node)
+        if node == 2:
+            raise OSError(5, "no reason to end")
+
+    forgetter = Forgetter()
+    take: Callable[..., object] = forgetter.instead_of(handler)
+    for node in range(5):
+        assert take(node, b"", 0, 0, 0) is None
+    wait_for(lambda: seen == [0, 1, 2, 3, 4], "all of them")
+    assert forgetter.end(DEADLINE)
+    take(7, b"", 0, 0, 0)  # nobody takes over any more
+    assert seen[-1] == 7
