@@ -137,7 +137,7 @@ static PyObject *Device_run(Device *self, PyObject *argument)
 
 		if (length >= (ssize_t)HEADER) {
 			const struct in_header *in = (const struct in_header *)buffer;
-			int refused = 0, cpu;
+			int refused = 0;
 			bool moves;
 
 			await_turn(self);
@@ -145,7 +145,6 @@ static PyObject *Device_run(Device *self, PyObject *argument)
 			atomic_store_explicit(&self->serving, true, memory_order_relaxed);
 			Py_CLEAR(answer.body); /* the last one's */
 			moves = follow(&self->readers, in->pid);
-			cpu = self->readers.cpu;
 			answer = serve(self, fd, in, buffer + HEADER, (size_t)length - HEADER);
 			self->readers.answered = now();
 			atomic_store_explicit(&self->serving, false, memory_order_relaxed);
@@ -153,7 +152,7 @@ static PyObject *Device_run(Device *self, PyObject *argument)
 			if (answer.due)
 				refused = write_answer(fd, in->unique, &answer);
 			if (moves)
-				bind_reader(&self->readers, gettid(), cpu);
+				bind_reader(&self->readers, gettid());
 			if (refused || (answer.body && PyBytes_GET_SIZE(answer.body) > SMALL)) {
 				Py_BLOCK_THREADS
 				Py_CLEAR(answer.body);

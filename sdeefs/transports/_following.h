@@ -14,6 +14,7 @@
 
 #include <fcntl.h>
 #include <sched.h>
+#include <stdatomic.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -36,12 +37,12 @@
 #define REST 64
 #define LONGEST_REST 65536
 
-/* Guarded by the interpreter's lock. */
+/* Guarded by the interpreter's lock, but for what is said to be read without. */
 struct readers {
 	pid_t threads[READERS];
 	int count;
-	int cpu; /* to which they are bound */
-	cpu_set_t cpus; /* that they may use otherwise */
+	atomic_int cpu; /* to which they are bound; read without */
+	cpu_set_t cpus; /* that they may use otherwise; never changes */
 	bool able;
 	uint32_t caller; /* of the last request */
 	unsigned changes; /* of the caller: see CHANGE */
@@ -121,8 +122,10 @@ static inline int cpu_of(uint32_t thread)
 	return at ? atoi(at + 1) : NOWHERE;
 }
 
-static inline void bind_reader(const struct readers *all, pid_t thread, int cpu)
+/* Bind a thread to where `all` says that they are; needs no lock. */
+static inline void bind_reader(const struct readers *all, pid_t thread)
 {
+	int cpu = all->cpu;
 	cpu_set_t one;
 
 	CPU_ZERO(&one);
@@ -143,7 +146,7 @@ static inline bool move_to(struct readers *all, int cpu)
 	all->cpu = cpu;
 	for (i = 0; i < all->count; i++)
 		if (all->threads[i] != me)
-			bind_reader(all, all->threads[i], cpu);
+			bind_reader(all, all->threads[i]);
 	return true;
 }
 
@@ -177,7 +180,7 @@ static inline bool rests(struct readers *all)
 }
 
 /* Before a request of this thread is answered. Returns whether this reader is to move after that
- * (bind_reader, with the CPU that `all` says then). */
+ * (bind_reader). */
 static inline bool follow(struct readers *all, uint32_t caller)
 {
 	int cpu;

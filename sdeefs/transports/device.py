@@ -75,8 +75,7 @@ class DeviceTransport(Connection):
             for _ in range(1, max(1, self._options.threads)):
                 self._descriptors.append(clone_device(self._fd))
             self._serving = len(self._descriptors)
-            for opcode in (wire.Opcode.FORGET, wire.Opcode.BATCH_FORGET):
-                self._handlers[opcode] = self._forgetter.instead_of(self._handlers[opcode])
+            self._forgetter.take_over(self._handlers)
             if Device is not None and self._options.shortcuts:
                 self._loop = self._loop_in_c()
             for i, fd in enumerate(self._descriptors):

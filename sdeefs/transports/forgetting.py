@@ -9,6 +9,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
+from sdeefs.transports import wire
 from sdeefs.transports.requests import Body, Handler, Reply
 from sdeefs.transports.scheduling import Scheduling
 
@@ -21,18 +22,33 @@ _LIMIT = 4096
 
 
 class Forgetter:
-    """Takes over requests that have no answer; the thread starts with the first one."""
+    """Takes over the requests that have no answer."""
 
     def __init__(self, scheduling: Scheduling | None = None) -> None:
         self._scheduling = scheduling or Scheduling.here()
         self._jobs: deque[Callable[[], Reply]] = deque()
         self._some = threading.Event()
         self._ended = threading.Event()
-        self._starting = threading.Lock()
-        self._thread: threading.Thread | None = None
+        self._thread = threading.Thread(target=self._work, name="forgetter", daemon=True)
 
-    def instead_of(self, handler: Handler) -> Handler:
-        """A handler that has `handler` called by the thread."""
+    def take_over(self, handlers: list[Handler]) -> None:
+        """From now on the thread calls those of FORGET. Where none can be started (a limit of
+        processes), all stays as it is."""
+        try:
+            self._thread.start()
+        except RuntimeError:
+            return
+        for opcode in (wire.Opcode.FORGET, wire.Opcode.BATCH_FORGET):
+            handlers[opcode] = self._instead_of(handlers[opcode])
+
+    def end(self, timeout: float = 5.0) -> None:
+        """End the thread, if it does in so many seconds; what waits is dropped with the connection."""
+        self._ended.set()
+        self._some.set()
+        if self._thread.ident is not None:
+            self._thread.join(timeout)
+
+    def _instead_of(self, handler: Handler) -> Handler:
         jobs, some = self._jobs, self._some
 
         def take(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
@@ -41,34 +57,9 @@ class Forgetter:
             jobs.append(lambda: handler(node, body, uid, gid, pid))
             if not some.is_set():
                 some.set()
-                if self._thread is None:
-                    self._start()
             return None
 
         return take
-
-    def end(self, timeout: float = 5.0) -> bool:
-        """End the thread; what waits is dropped with the connection. False: it is stuck."""
-        self._ended.set()
-        self._some.set()
-        thread = self._thread
-        if thread is None:
-            return True
-        thread.join(timeout)
-        return not thread.is_alive()
-
-    def _start(self) -> None:
-        with self._starting:
-            if self._thread is not None:
-                return
-            thread = threading.Thread(target=self._work, name="forgetter", daemon=True)
-            try:
-                thread.start()
-            except RuntimeError:  # no more threads: the readers do it all
-                self._ended.set()
-                self._drain()
-                return
-            self._thread = thread
 
     def _work(self) -> None:
         self._scheduling.take()
@@ -77,15 +68,10 @@ class Forgetter:
             if self._ended.wait(PAUSE):
                 return
             self._some.clear()
-            self._drain()
-
-    def _drain(self) -> None:
-        jobs = self._jobs
-        while jobs and not (self._thread is not None and self._ended.is_set()):
-            job = jobs.popleft()
-            try:
-                job()
-            except OSError as error:
-                log.debug("forgetting: %s", error)
-            except Exception:
-                log.exception("a request failed")
+            while self._jobs and not self._ended.is_set():
+                try:
+                    self._jobs.popleft()()
+                except OSError as error:
+                    log.debug("forgetting: %s", error)
+                except Exception:
+                    log.exception("a request failed")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from sdeefs.transports import wire
 from sdeefs.transports.forgetting import Forgetter
 from tests.transports.server_lab import DEADLINE, Server, mirror, wait_for
 
@@ -83,10 +85,9 @@ def test_readers_of_many_callers_are_free(server: Server, root: Path) -> None:
 
 
 @in_c
-def test_other_threads_are_not_bound(server: Server, root: Path, source: Path) -> None:
+def test_other_threads_are_not_bound(server: Server, root: Path) -> None:
     """A reader's threads inherit its CPUs from it, unless they see to it."""
     ends(ask_from(CPUS[1], root, "first"))
-    (source / "sub").mkdir()
     for turn in range(3):
         (root / f"made{turn}").write_bytes(b"x")
         (root / f"made{turn}").unlink()
@@ -102,11 +103,13 @@ def test_the_forgetter_calls_in_order_and_drops_the_rest_at_the_end() -> None:
         if node == 2:
             raise OSError(5, "no reason to end")
 
-    forgetter = Forgetter()
-    take: Callable[..., object] = forgetter.instead_of(handler)
+    forgetter, handlers = Forgetter(), [handler] * wire.OPCODES
+    forgetter.take_over(handlers)
+    take = handlers[wire.Opcode.FORGET]
     for node in range(5):
         assert take(node, b"", 0, 0, 0) is None
     wait_for(lambda: seen == [0, 1, 2, 3, 4], "all of them")
-    assert forgetter.end(DEADLINE)
+    forgetter.end(DEADLINE)
+    assert "forgetter" not in {thread.name for thread in threading.enumerate()}
     take(7, b"", 0, 0, 0)  # nobody takes over any more
     assert seen[-1] == 7
