@@ -21,8 +21,7 @@ from sdeefs.core.api import (
     StatFs,
 )
 from sdeefs.core.copyup import LARGE, SlowCopyUp
-from sdeefs.core.handles import bad_handle
-from sdeefs.core.listing import OpenDirectory
+from sdeefs.core.listing import Snapshot
 from sdeefs.core.nodes import UPPER, Directory, Node
 from sdeefs.core.settings import Settings
 from sdeefs.core.union import stale
@@ -278,14 +277,12 @@ class Filesystem(Xattrs):
         fd = file.fd
         return Later(lambda: call(fd))
 
-    def fsyncdir(self, handle: int, datasync: bool) -> None | Later[None]:
+    def fsyncdir(self, node: int, datasync: bool) -> None | Later[None]:
         """fsync(2) of a directory."""
-        opened = self._open_dirs.get(handle)
-        if opened is None:
-            raise bad_handle()
-        if self.settings.volatile or opened.node.layer != UPPER or not self.writable:
+        directory = self._directory(node)
+        if self.settings.volatile or directory.layer != UPPER or not self.writable:
             return None
-        return Later(lambda: self._sync_directory(opened.node))
+        return Later(lambda: self._sync_directory(directory))
 
     def _sync_directory(self, node: Directory) -> None:
         with self.lock:
@@ -345,52 +342,23 @@ class Filesystem(Xattrs):
 
     # directories
 
-    def opendir(self, node: int, caller: Caller) -> int:
-        """A handle to read a directory with."""
-        with self.lock:
-            directory = self._directory(node)
-            handle = self._new_handle()
-            self._open_dirs[handle] = OpenDirectory(directory, self._latest.get(node))
-            return handle
-
-    def caches_directory(self, handle: int) -> bool:
-        """Whether the kernel may keep the entries that it is told through this handle: it learns
-        of every change, since all are made through it, or the directories of lower are watched."""
-        if self.upper_timeout <= 0:
-            return False
-        lowers = self._open_directory(handle).node.lowers
-        return not lowers or self.lower_timeout >= self.upper_timeout
-
-    def _open_directory(self, handle: int) -> OpenDirectory:
-        try:
-            return self._open_dirs[handle]
-        except KeyError:
-            raise bad_handle() from None
-
-    def readdir(self, handle: int, offset: int) -> Iterator[DirectoryEntry]:
-        """The entries from an offset on."""
-        opened = self._open_directory(handle)
-        with self.lock:
-            if self.open_directories > self.settings.max_directories:
-                self._trim()
-            entries = self._entries(opened, offset)
-        return self._plain_entries(opened, entries, offset)
+    def readdir(self, node: int, offset: int) -> Iterator[DirectoryEntry]:
+        """The entries of a directory behind an offset."""
+        return self._plain_entries(*self._list_from(node, offset))
 
     def readdirplus(
-        self, handle: int, offset: int, caller: Caller | None = None
+        self, node: int, offset: int, caller: Caller | None = None
     ) -> Iterator[tuple[DirectoryEntry, Entry]]:
-        """The entries from an offset on, with their look-ups where the caller wants them."""
-        opened = self._open_directory(handle)
+        """The entries behind an offset, with their look-ups where the caller wants them."""
+        return self._entries_plus(*self._list_from(node, offset), caller)
+
+    def _list_from(self, node: int, offset: int) -> tuple[Directory, Snapshot, range]:
         with self.lock:
             if self.open_directories > self.settings.max_directories:
                 self._trim()
-            entries = self._entries(opened, offset)
-        return self._entries_plus(opened, entries, offset, caller)
-
-    def releasedir(self, handle: int) -> None:
-        """A directory handle is closed."""
-        with self.lock:
-            self._open_dirs.pop(handle, None)
+            directory = self._directory(node)
+            entries = self._entries(directory, offset)
+            return directory, entries, self._rest(directory, entries, offset)
 
     # extended attributes
 
@@ -461,7 +429,6 @@ class Filesystem(Xattrs):
         with self.lock:
             held = super().counts()
             held["files"] = len(self._files)
-            held["open_directories"] = len(self._open_dirs)
             return held
 
     def close(self) -> None:
@@ -469,7 +436,7 @@ class Filesystem(Xattrs):
         with self.lock:
             for handle in list(self._files):
                 self._release(handle)
-            self._open_dirs.clear()
+            self._lists.clear()
             for directory, position, fd in self._directories:
                 if self._holds(directory, position) == fd:
                     self._release_fd(directory, position)

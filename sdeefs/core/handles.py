@@ -11,7 +11,6 @@ from sdeefs.core import credentials
 from sdeefs.core.api import Caller, Entry, Io, Opened, SetAttributes
 from sdeefs.core.attributes import is_privileged
 from sdeefs.core.formats import fd_path
-from sdeefs.core.listing import OpenDirectory
 from sdeefs.core.nodes import UPPER, Directory, Node
 from sdeefs.core.renames import Renames
 
@@ -56,7 +55,6 @@ class Handles(Renames):
     def __init__(self, settings: object) -> None:
         super().__init__(settings)
         self._files: dict[int, OpenFile] = {}
-        self._open_dirs: dict[int, OpenDirectory] = {}
         self._next_handle = 1
 
     def _file(self, handle: int) -> OpenFile:

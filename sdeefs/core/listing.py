@@ -1,8 +1,9 @@
-"""Reading directories: the names of all layers as one list, taken when a handle begins to read.
+"""Reading directories: the names of all layers as one list, taken when somebody begins to read.
 
-An open directory keeps its list, so offsets are stable while names come and go (rewinddir takes a
-new one). Entries are (name, inode number, kind); of those whose st_ino needs a look-up (copied up, or
-merged) the number is found when the entry is read.
+Offsets are made of the names (`cookie()`), and lists are in their order: so one stays good while names
+come and go, whatever list the next page is from, and the kernel needn't open a directory with us (nor
+tell who reads). Entries are (name, inode number, kind); of those whose st_ino needs a look-up (copied
+up, or merged) the number is found when the entry is read.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from bisect import bisect_right
 from collections.abc import Iterator
 
 from sdeefs.core.api import ROOT_NODE, Caller, DirectoryEntry, Entry
@@ -22,39 +24,26 @@ _new = tuple.__new__
 Snapshot = list[tuple[bytes, int, int]]
 #: The inode number has to be looked up when the entry is read.
 UNKNOWN = 0
+#: Lists of directories that somebody is reading, or began to.
+_LISTS = 64
+_HIGHEST = (1 << 63) - 1
 
 
-class OpenDirectory:
-    """A directory handle."""
+def cookie(name: bytes) -> int:
+    """The offset behind an entry (d_off), 3 or more: "." and ".." have 1 and 2.
 
-    __slots__ = ("entries", "latest", "node")
-
-    def __init__(self, node: Directory, latest: Snapshot | None = None) -> None:
-        self.node = node
-        self.entries: Snapshot | None = None
-        # What the kernel's cache of the directory was filled from, if it was: a reader that began
-        # there and is sent on to us goes on in it.
-        self.latest = latest
+    A keyed hash of 63 bits, as ext4's and Lustre's: two names of one directory share one never.
+    """
+    return max(hash(name) & _HIGHEST, 3)
 
 
-class Latest:
-    """The lists that were last taken of the directories read last: some of them, by node."""
+def _cookie_of(entry: tuple[bytes, int, int]) -> int:
+    return cookie(entry[0])
 
-    LIMIT = 50_000  # entries in all
 
-    def __init__(self) -> None:
-        self.lists: dict[int, Snapshot] = {}
-        self._entries = 0
-
-    def get(self, node: int) -> Snapshot | None:
-        return self.lists.get(node)
-
-    def keep(self, node: int, entries: Snapshot) -> None:
-        self._entries += len(entries) - len(self.lists.pop(node, ()))
-        self.lists[node] = entries
-        while self._entries > self.LIMIT:
-            oldest = next(iter(self.lists))
-            self._entries -= len(self.lists.pop(oldest))
+def _following(entries: Snapshot, offset: int) -> int:
+    """The place in a list of what comes after an offset."""
+    return offset if offset < 2 else bisect_right(entries, offset, 2, key=_cookie_of)
 
 
 class Listing(CopyUp):
@@ -62,7 +51,8 @@ class Listing(CopyUp):
 
     def __init__(self, settings: object) -> None:
         super().__init__(settings)
-        self._latest = Latest()
+        self._lists: dict[int, Snapshot] = {}  # by node, until one has read it to its end
+        self._opendir_spared = False
         self.lookers = Lookers()
 
     def _scan(
@@ -150,6 +140,7 @@ class Listing(CopyUp):
                     seen.add(name)
                 if not whiteout:
                     entries.append((name, ino, kind))
+        entries[2:] = sorted(entries[2:], key=_cookie_of)
         return entries
 
     def _is_empty(self, directory: Directory) -> bool:
@@ -167,33 +158,68 @@ class Listing(CopyUp):
             return 0
         return 0 if isinstance(found, bool) else found.shown
 
-    def _entries(self, handle: OpenDirectory, offset: int) -> Snapshot:
-        if handle.entries is None and offset and handle.latest is not None:
-            handle.entries = handle.latest
-        if handle.entries is None or offset == 0:
-            handle.entries = self._snapshot(handle.node)
-            self._latest.keep(handle.node.number, handle.entries)
-        return handle.entries
+    def caches_directory(self, node: int) -> bool:
+        """Whether the kernel may keep the entries that it is told of a directory: it learns of
+        every change, since all are made through it, or the directories of lower are watched."""
+        return self._is_cacheable(self._directory(node))
+
+    def _is_cacheable(self, directory: Directory) -> bool:
+        if self.upper_timeout <= 0:
+            return False
+        return not directory.lowers or self.lower_timeout >= self.upper_timeout
+
+    def spares_opendir(self) -> bool:
+        """Whether the kernel may open directories by itself, from now on and for good.
+
+        Then it keeps all entries; where it may not (lower can't be watched any more), it is told to
+        forget them after each page.
+        """
+        self._opendir_spared |= 0 < self.upper_timeout <= self.lower_timeout
+        return self._opendir_spared
+
+    def _entries(self, directory: Directory, offset: int) -> Snapshot:
+        """The list to go on in behind an offset; at 0 it is a new one."""
+        entries = self._lists.get(directory.number) if offset else None
+        if entries is None:
+            entries = self._snapshot(directory)
+            self._keep_list(directory, entries)
+        return entries
+
+    def _keep_list(self, directory: Directory, entries: Snapshot) -> None:
+        """Keep what was just taken of a directory for the pages that follow."""
+        lists = self._lists
+        lists.pop(directory.number, None)
+        lists[directory.number] = entries
+        if len(lists) > _LISTS:
+            del lists[next(iter(lists))]
+        if self._opendir_spared and self.kernel is not None and not self._is_cacheable(directory):
+            self.kernel.invalidate_inode(directory.number)
+
+    def _rest(self, directory: Directory, entries: Snapshot, offset: int) -> range:
+        """The places of a list behind an offset. Where there is none, the list has served."""
+        places = range(_following(entries, offset), len(entries))
+        if not places:
+            self._lists.pop(directory.number, None)
+        return places
 
     def _plain_entries(
-        self, handle: OpenDirectory, entries: Snapshot, offset: int
+        self, directory: Directory, entries: Snapshot, places: range
     ) -> Iterator[DirectoryEntry]:
-        directory = handle.node
-        for position in range(offset, len(entries)):
+        for position in places:
             name, ino, kind = entries[position]
             if ino == UNKNOWN:
                 with self.lock:
                     ino = self._inode_number(directory, name)
                 if ino == 0:
                     continue
-            yield _new(DirectoryEntry, (name, ino, kind, position + 1))
+            after = position + 1 if position < 2 else cookie(name)
+            yield _new(DirectoryEntry, (name, ino, kind, after))
 
     def _entries_plus(
-        self, handle: OpenDirectory, entries: Snapshot, offset: int, caller: Caller | None
+        self, directory: Directory, entries: Snapshot, places: range, caller: Caller | None
     ) -> Iterator[tuple[DirectoryEntry, Entry]]:
-        directory = handle.node
         bare = _new(Entry, (0, None, 0.0, 0.0))
-        for position in range(offset, len(entries)):
+        for position in places:
             name, ino, kind = entries[position]
             try:
                 with self.lock:
@@ -214,4 +240,5 @@ class Listing(CopyUp):
                 if ino == UNKNOWN:
                     continue
                 entry = bare
-            yield _new(DirectoryEntry, (name, ino, kind, position + 1)), entry
+            after = position + 1 if position < 2 else cookie(name)
+            yield _new(DirectoryEntry, (name, ino, kind, after)), entry

@@ -173,6 +173,7 @@ class Connection:
             flush=self._options.flush,
             setxattr_ext=bool(agreement.flags & wire.SETXATTR_EXT),
             writeback=operations.writeback,
+            no_opendir=bool(agreement.flags & wire.NO_OPENDIR_SUPPORT),
         )
         table = handlers(operations, features, self._backing_ids, self._interrupt)
         if self._options.shortcuts:

@@ -16,6 +16,7 @@ _ALWAYS = (
     | wire.AUTO_INVAL_DATA
     | wire.ASYNC_DIO
     | wire.PARALLEL_DIROPS
+    | wire.NO_OPENDIR_SUPPORT
     | wire.HANDLE_KILLPRIV_V2
     | wire.SETXATTR_EXT
     | wire.HAS_EXPIRE_ONLY

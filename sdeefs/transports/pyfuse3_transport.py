@@ -316,9 +316,7 @@ class _Handlers(pyfuse3.Operations):
     # Directories
 
     async def opendir(self, inode: int, ctx: Any) -> int:
-        return await self._call(  # type: ignore[no-any-return]
-            "opendir", self.core.opendir, self._node(inode), _caller(ctx)
-        )
+        return self._node(inode)  # the core's directories have no handles
 
     async def readdir(self, fh: int, start_id: int, token: Any) -> None:
         await self._call("readdirplus", self._fill_page, fh, start_id, token)
@@ -342,7 +340,7 @@ class _Handlers(pyfuse3.Operations):
                 return
 
     async def releasedir(self, fh: int) -> None:
-        await self._call("releasedir", self.core.releasedir, fh)
+        pass
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         await self._call("fsyncdir", self.core.fsyncdir, fh, datasync)

@@ -57,12 +57,15 @@ def not_implemented(node: int, body: Body, uid: int, gid: int, pid: int) -> Repl
 class Features:
     """What was negotiated, as far as answers depend on it."""
 
-    __slots__ = ("flush", "setxattr_ext", "writeback")
+    __slots__ = ("flush", "no_opendir", "setxattr_ext", "writeback")
 
-    def __init__(self, flush: bool, setxattr_ext: bool, writeback: bool) -> None:
+    def __init__(
+        self, flush: bool, setxattr_ext: bool, writeback: bool, no_opendir: bool = False
+    ) -> None:
         self.flush = flush
         self.setxattr_ext = setxattr_ext
         self.writeback = writeback
+        self.no_opendir = no_opendir
 
     @property
     def open_base(self) -> int:
@@ -83,7 +86,7 @@ def handlers(
         _names(operations),
         _attributes(operations),
         _files(operations, features, backing_ids),
-        _directories(operations),
+        _directories(operations, features),
         _xattrs(operations, features),
         _control(interrupt),
     ):
@@ -370,25 +373,25 @@ def _files(operations: Operations, features: Features, backing_ids: BackingIds |
     return part
 
 
-def _directories(operations: Operations) -> Part:
-    """Open directories."""
-    op_opendir, op_releasedir = operations.opendir, operations.releasedir
+def _directories(operations: Operations, features: Features) -> Part:
+    """Directories, which have no handles."""
     op_readdir, op_readdirplus = operations.readdir, operations.readdirplus
     op_fsyncdir, op_forget = operations.fsyncdir, operations.forget
     pack_dirent, pack_direntplus = wire.pack_dirent, wire.pack_direntplus
 
-    may_cache: Callable[[int], bool] | None = getattr(operations, "caches_directory", None)
+    may_cache, may_spare = operations.caches_directory, operations.spares_opendir
     cached = wire.FOPEN_CACHE_DIR | wire.FOPEN_KEEP_CACHE
 
     def opendir(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
-        handle = op_opendir(node, _caller((uid, gid, pid)))
-        keep = may_cache is not None and may_cache(handle)
-        return wire.OPEN_OUT.pack(handle, cached if keep else 0, 0)
+        if features.no_opendir and may_spare():
+            # After this Linux opens directories by itself, as if we had answered `cached`.
+            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+        return wire.OPEN_OUT.pack(0, cached if may_cache(node) else 0, 0)
 
     def readdir(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
-        handle, offset, room, _, _, _, _ = wire.READ_IN.unpack_from(body)
+        _, offset, room, _, _, _, _ = wire.READ_IN.unpack_from(body)
         page = []
-        for entry in op_readdir(handle, offset):
+        for entry in op_readdir(node, offset):
             room -= (31 + len(entry.name)) & ~7
             if room < 0:
                 break
@@ -396,9 +399,9 @@ def _directories(operations: Operations) -> Part:
         return b"".join(page)
 
     def readdirplus(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
-        handle, offset, room, _, _, _, _ = wire.READ_IN.unpack_from(body)
+        _, offset, room, _, _, _, _ = wire.READ_IN.unpack_from(body)
         page = []
-        for entry, found in op_readdirplus(handle, offset, _caller((uid, gid, pid))):
+        for entry, found in op_readdirplus(node, offset, _caller((uid, gid, pid))):
             room -= (159 + len(entry.name)) & ~7
             if room < 0:
                 if found.node:
@@ -408,12 +411,11 @@ def _directories(operations: Operations) -> Part:
         return b"".join(page)
 
     def releasedir(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
-        op_releasedir(wire.RELEASE_IN.unpack_from(body)[0])
         return b""
 
     def fsyncdir(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
-        handle, flags, _ = wire.FSYNC_IN.unpack_from(body)
-        return _done(op_fsyncdir(handle, bool(flags & wire.FSYNC_FDATASYNC)))
+        _, flags, _ = wire.FSYNC_IN.unpack_from(body)
+        return _done(op_fsyncdir(node, bool(flags & wire.FSYNC_FDATASYNC)))
 
     return {
         Opcode.OPENDIR: opendir,

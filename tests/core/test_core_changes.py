@@ -303,7 +303,7 @@ def test_data_requests(disk: Core) -> None:
     assert fs.read(target.handle, 0, 100) == bytes(5) + b"data"
     reader = finish(fs.open(disk.node("g"), os.O_RDONLY, ROOT))
     fails(errno.EBADF, fs.write, reader.handle, 0, b"", False)
-    finish(fs.fsyncdir(fs.opendir(1, ROOT), False))
+    finish(fs.fsyncdir(1, False))
     finish(fs.syncfs())
 
 

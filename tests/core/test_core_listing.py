@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import stat
+from itertools import islice
 
-from sdeefs.core.api import ROOT_NODE
-from tests.core.core_lab import ROOT, Core
+from sdeefs.core.api import ROOT_NODE, DirectoryEntry
+from tests.core.core_lab import Core
 
 
-def names(core: Core, handle: int, offset: int = 0, limit: int = 1 << 30) -> list[bytes]:
-    found = []
-    for entry in core.fs.readdir(handle, offset):
-        found.append(entry.name)
-        if len(found) == limit:
-            break
-    return found
+def page(core: Core, offset: int = 0, limit: int = 1 << 30) -> list[DirectoryEntry]:
+    """So many entries of the root behind an offset."""
+    return list(islice(core.fs.readdir(ROOT_NODE, offset), limit))
+
+
+def names(entries: list[DirectoryEntry]) -> list[bytes]:
+    return [entry.name for entry in entries]
 
 
 def test_a_hundred_thousand_entries(core: Core) -> None:
@@ -24,36 +25,56 @@ def test_a_hundred_thousand_entries(core: Core) -> None:
         os.close(os.open(core.lower / f"file{number}", os.O_CREAT | os.O_WRONLY))
     core.unlink("file7")
     core.write("new", b"")
-    handle = core.fs.opendir(ROOT_NODE, ROOT)
     seen: list[bytes] = []
     offset = 0
-    while True:
-        page = []
-        for entry in core.fs.readdir(handle, offset):
-            page.append(entry)
-            if len(page) == 4000:
-                break
-        if not page:
-            break
-        seen += [entry.name for entry in page]
-        offset = page[-1].next_offset
+    while entries := page(core, offset, 4000):
+        seen += names(entries)
+        offset = entries[-1].next_offset
     assert len(seen) == len(set(seen)) == count + 2
     assert b"file7" not in seen and b"new" in seen
-    core.fs.releasedir(handle)
 
 
 def test_a_listing_survives_changes(core: Core) -> None:
     for letter in "abcdefgh":
         (core.lower / letter).write_text("")
-    handle = core.fs.opendir(ROOT_NODE, ROOT)
-    first = names(core, handle, limit=6)
+    first = page(core, limit=6)
     core.unlink("a")
     core.write("new", b"")
     core.write("b", b"copied up")
-    rest = names(core, handle, 6)
-    assert len(first + rest) == 10 and len(set(first + rest)) == 10
-    again = names(core, handle)
-    assert sorted(again[2:]) == [b"b", b"c", b"d", b"e", b"f", b"g", b"h", b"new"]
+    rest = page(core, first[-1].next_offset)
+    assert len(set(names(first + rest))) == len(first + rest) == 10
+    again = page(core)
+    assert sorted(names(again[2:])) == [b"b", b"c", b"d", b"e", b"f", b"g", b"h", b"new"]
+
+
+def test_offsets_outlive_the_list_that_they_are_of(core: Core) -> None:
+    """Nobody says when a directory is closed, so a list may be another's, or gone."""
+    for number in range(40):
+        (core.lower / f"f{number}").write_text("")
+    whole = page(core)
+    for place in range(1, len(whole)):
+        behind = whole[place - 1].next_offset
+        assert page(core) == whole  # another reader begins
+        assert page(core, behind) == whole[place:]
+        assert page(core, whole[-1].next_offset) == []  # and one is done
+        assert page(core, behind) == whole[place:]
+    half = whole[20].next_offset
+    gone, kept = names(whole[19:23]), set(names(whole[23:]))
+    for name in gone:  # also the one that the offset is of
+        core.unlink(os.fsdecode(name))
+    assert page(core)[:1] == whole[:1]
+    assert set(names(page(core, half))) == kept
+    core.open()
+    assert set(names(page(core, half))) == kept
+
+
+def test_lists_of_readers_that_stay_away_are_dropped(core: Core) -> None:
+    for number in range(100):
+        (core.lower / f"d{number}" / "deep").mkdir(parents=True)
+    nodes = [core.node(f"d{number}") for number in range(100)]
+    begun = [next(iter(core.fs.readdir(node, 0))).next_offset for node in nodes]
+    for node, offset in zip(nodes, begun, strict=True):
+        assert names(list(core.fs.readdir(node, offset))) == [b"..", b"deep"]
 
 
 def test_entries_with_attributes_count_as_lookups(core: Core) -> None:
@@ -61,8 +82,7 @@ def test_entries_with_attributes_count_as_lookups(core: Core) -> None:
     (core.lower / "f").write_text("text")
     os.mkfifo(core.lower / "p")
     core.write("u", b"upper")
-    handle = core.fs.opendir(ROOT_NODE, ROOT)
-    found = {e.name: (e, entry) for e, entry in core.fs.readdirplus(handle, 0)}
+    found = {e.name: (e, entry) for e, entry in core.fs.readdirplus(ROOT_NODE, 0)}
     assert found[b"."][1].node == found[b".."][1].node == 0
     for name, size in ((b"f", 4), (b"u", 5)):
         entry, plus = found[name]
@@ -78,8 +98,7 @@ def test_entries_with_attributes_count_as_lookups(core: Core) -> None:
 def test_a_removed_name_is_left_out_of_pages_with_attributes(core: Core) -> None:
     for letter in "abc":
         (core.lower / letter).write_text("")
-    handle = core.fs.opendir(ROOT_NODE, ROOT)
-    iterator = core.fs.readdirplus(handle, 0)
+    iterator = core.fs.readdirplus(ROOT_NODE, 0)
     next(iterator)
     for letter in "abc":
         core.unlink(letter)

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 from sdeefs.core.api import Caller
-from tests.core.core_lab import ROOT, Core
+from tests.core.core_lab import Core
 
 LISTER, OTHER = Caller(0, 0, 41), Caller(0, 0, 42)
 
 
 def told(core: Core, path: str, caller: Caller | None) -> dict[bytes, bool]:
     """The names of a directory, and whether each came with its attributes."""
-    handle = core.fs.opendir(core.node(path), ROOT)
-    try:
-        return {
-            entry.name: found.node != 0
-            for entry, found in core.fs.readdirplus(handle, 0, caller)
-            if entry.name not in (b".", b"..")
-        }
-    finally:
-        core.fs.releasedir(handle)
+    return {
+        entry.name: found.node != 0
+        for entry, found in core.fs.readdirplus(core.node(path), 0, caller)
+        if entry.name not in (b".", b"..")
+    }
 
 
 def make(core: Core) -> None:

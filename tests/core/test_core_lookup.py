@@ -125,7 +125,7 @@ def test_changes_of_lower_are_seen(core: Core) -> None:
     (core.lower / "f").write_text("one")
     (core.lower / "d").mkdir()
     first = core.fs.lookup(1, b"f", ROOT)
-    held = core.fs.opendir(core.node("d"), ROOT)
+    held = core.node("d")
     (core.lower / "new").write_text("")
     (core.lower / "other").write_text("another")
     os.rename(core.lower / "other", core.lower / "f")

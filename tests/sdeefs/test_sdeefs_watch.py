@@ -111,6 +111,37 @@ def test_a_watched_lower_is_believed_for_long(lab: Lab) -> None:
     lab.umount()
 
 
+@pytest.mark.parametrize("transport", ["device", "ring"])
+@pytest.mark.parametrize("watch", ["on", "off"])
+def test_a_watched_directory_is_opened_without_asking(lab: Lab, watch: str, transport: str) -> None:
+    """And listed from the kernel's memory until something changes, here or below."""
+    merged, deep = lab.merged, lab.lower / "dir" / "deep"
+    deep.mkdir()
+    lab.mount("-o", f"watch={watch}", "--transport", transport)
+
+    def asked() -> tuple[int, int]:
+        requests = dict(lab.status()["requests"])  # type: ignore[call-overload]
+        pages = requests.get("readdir", 0) + requests.get("readdirplus", 0)
+        return requests.get("opendir", 0), pages
+
+    for path in (merged, merged / "dir", merged / "dir" / "deep"):
+        os.listdir(path)
+    first = asked()
+    for _ in range(5):
+        os.listdir(merged / "dir")
+    again = asked()
+    if watch == "on":
+        assert first[0] == 1
+        assert again == first
+    else:
+        assert again[0] >= first[0] + 5
+    (merged / "dir" / "deep" / "ours").touch()
+    assert os.listdir(merged / "dir" / "deep") == ["ours"]
+    (deep / "theirs").touch()
+    seen(lambda: sorted(os.listdir(merged / "dir" / "deep")) == ["ours", "theirs"], "both")
+    lab.umount()
+
+
 def test_forgotten_directories_are_not_watched(lab: Lab) -> None:
     for number in range(50):
         (lab.lower / "dir" / f"d{number}").mkdir()

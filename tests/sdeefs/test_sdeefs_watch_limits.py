@@ -89,6 +89,25 @@ def test_marks_that_run_out_bring_short_timeouts_back(
     assert core.lookup(ROOT_NODE, b"absent", CALLER).entry_timeout == core.settings.lower_timeout
 
 
+def test_listings_are_not_kept_once_marks_run_out(
+    core: Filesystem, watch: Watch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel opens directories by itself then, so it keeps all entries until it is told."""
+
+    def refuse(self: fanotify.Group, directory: int) -> None:
+        raise OSError(errno.ENOSPC, "no more marks")
+
+    core.kernel = kernel = Kernel()
+    assert core.spares_opendir()
+    assert len(list(core.readdir(ROOT_NODE, 0))) == 8
+    assert kernel.told == []
+    monkeypatch.setattr(fanotify.Group, "mark", refuse)
+    node = core.lookup(ROOT_NODE, b"d1", CALLER).node
+    assert len(list(core.readdir(node, 0))) == 2
+    assert kernel.told == [(node, False)]
+    assert core.spares_opendir()  # asked at the same time as the first one
+
+
 def test_a_lower_that_cannot_be_marked_is_not_watched(
     core: Filesystem, monkeypatch: pytest.MonkeyPatch
 ) -> None:

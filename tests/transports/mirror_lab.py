@@ -45,7 +45,6 @@ class Mirror:
         self.next_node = 2
         self.handles: dict[int, int] = {}
         self.next_handle = 1
-        self.node_of_handle: dict[int, int] = {}
         self.gate = ""  # a path: what is slow waits until it is there
         self.calls: list[tuple[object, ...]] = []
 
@@ -241,7 +240,7 @@ class Mirror:
         self.calls.append(("fsync", datasync))
         return Later(lambda: os.fsync(self.handles[handle]))
 
-    def fsyncdir(self, handle: int, datasync: bool) -> None | Later[None]:
+    def fsyncdir(self, node: int, datasync: bool) -> None | Later[None]:
         self.calls.append(("fsyncdir", datasync))
         return None
 
@@ -251,38 +250,33 @@ class Mirror:
     def release(self, handle: int) -> None:
         os.close(self.handles.pop(handle))
 
-    def opendir(self, node: int, caller: Caller) -> int:
-        with self.lock:
-            handle, self.next_handle = self.next_handle, self.next_handle + 1
-            self.handles[handle] = os.open(self._path(node), os.O_RDONLY | os.O_DIRECTORY)
-            self.node_of_handle[handle] = node
-        return handle
+    def caches_directory(self, node: int) -> bool:
+        return False
 
-    def _names(self, handle: int) -> list[bytes]:
-        return [b".", b"..", *sorted(os.fsencode(n) for n in os.listdir(self.handles[handle]))]
+    def spares_opendir(self) -> bool:
+        return False
 
-    def readdir(self, handle: int, offset: int) -> Iterator[DirectoryEntry]:
-        fd = self.handles[handle]
-        for i, name in enumerate(self._names(handle)[offset:], offset + 1):
+    def _names(self, node: int) -> list[bytes]:
+        return [b".", b"..", *sorted(os.fsencode(n) for n in os.listdir(self._path(node)))]
+
+    def readdir(self, node: int, offset: int) -> Iterator[DirectoryEntry]:
+        for i, name in enumerate(self._names(node)[offset:], offset + 1):
             try:
-                st = os.stat(name, dir_fd=fd, follow_symlinks=False)
+                st = os.stat(
+                    os.path.join(os.fsencode(self._path(node)), name), follow_symlinks=False
+                )
             except FileNotFoundError:
                 continue
             yield DirectoryEntry(name, st.st_ino, stat.S_IFMT(st.st_mode), i)
 
     def readdirplus(
-        self, handle: int, offset: int, caller: Caller | None = None
+        self, node: int, offset: int, caller: Caller | None = None
     ) -> Iterator[tuple[DirectoryEntry, Entry]]:
-        parent = self.node_of_handle[handle]
-        for entry in self.readdir(handle, offset):
+        for entry in self.readdir(node, offset):
             if entry.name in (b".", b".."):
                 yield entry, Entry(0, None, 0, 0)
             else:
-                yield entry, self._entry(parent, entry.name)
-
-    def releasedir(self, handle: int) -> None:
-        del self.node_of_handle[handle]
-        os.close(self.handles.pop(handle))
+                yield entry, self._entry(node, entry.name)
 
     def setxattr(
         self,

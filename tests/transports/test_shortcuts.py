@@ -180,13 +180,14 @@ def comparable(opcode: Opcode, reply: bytes) -> object:
         return _plain(_ATTR.unpack(reply), 3)
     if opcode in (Opcode.READDIR, Opcode.READDIRPLUS):
         head = _ENTRY.size if opcode == Opcode.READDIRPLUS else 0
-        entries, at = {}, 0
+        entries, at = [], 0
         while at < len(reply):
-            _, _, length, kind = wire.DIRENT.unpack_from(reply, at + head)
+            _, following, length, kind = wire.DIRENT.unpack_from(reply, at + head)
             start = at + head + wire.DIRENT.size
             values = _plain(_ENTRY.unpack_from(reply, at), 6) if head else (0,)
-            # Directories are listed in an order of their own: so are the new nodes' numbers.
-            entries[reply[start : start + length]] = (kind, bool(values[0]), values[2:])
+            entries.append(
+                (reply[start : start + length], following, kind, bool(values[0]), values[2:])
+            )
             at = start + (length + 7 & ~7)
         return entries
     return reply
@@ -344,14 +345,17 @@ class Player:
             self.handle_node[handle] = node
 
     def _list(self, node: int, pid: int) -> None:
-        reply = self.ask(Opcode.OPENDIR, node, wire.OPEN_IN.pack(0, 0))
-        if reply:
-            handle = wire.OPEN_OUT.unpack(reply)[0]
-            for offset, room in ((0, 1 << 16), (2, 0), (2, 1 << 16)):
-                page = wire.READ_IN.pack(handle, offset, room, 0, 0, 0, 0)
-                self.ask(Opcode.READDIRPLUS, node, page, pid)
-                self.ask(Opcode.READDIR, node, page, pid)
-            self.ask(Opcode.RELEASEDIR, node, wire.RELEASE_IN.pack(handle, 0, 0, 0))
+        for offset, room in (
+            (0, 1 << 16),
+            (1, 400),
+            (2, 0),
+            (1 << 62, 1 << 16),
+            (-1 % (1 << 63), 1 << 16),
+        ):
+            page = wire.READ_IN.pack(0, offset, room, 0, 0, 0, 0)
+            self.ask(Opcode.READDIRPLUS, node, page, pid)
+            self.ask(Opcode.READDIR, node, page, pid)
+        assert len({len(side.filesystem._lists) for side in self.both}) == 1
 
 
 @pytest.mark.parametrize("variant", SETAS)

@@ -52,7 +52,6 @@ def test_requests_that_no_kernel_sends() -> None:
     """Too short, too long, of nobody: an error each, and the union goes on."""
     chance = random.Random(1)
     with sides("plain") as (_, c):
-        c.ask(Opcode.OPENDIR, 1, wire.OPEN_IN.pack(0, 0))  # handle 1, which many of these name
         nodes = [0, 1, 1 << 63, *(_look_up(c, name) for name in (b"file", b"only-upper", b"dir"))]
         for _ in range(3000):
             opcode = chance.choice(list(shortcuts.SHORTCUTS))

@@ -82,8 +82,8 @@ class Table:
 
 
 _NEVER_LATER = {
-    "lookup", "getattr", "readlink", "read", "write", "opendir", "readdir", "readdirplus",
-    "getxattr", "listxattr", "statfs", "lseek", "release", "releasedir", "flush",
+    "lookup", "getattr", "readlink", "read", "write", "readdir", "readdirplus",
+    "getxattr", "listxattr", "statfs", "lseek", "release", "flush",
 }  # fmt: skip
 
 
@@ -197,11 +197,10 @@ def test_what_makes_names(opcode: Opcode, body: bytes, call: tuple[Any, ...]) ->
         (Opcode.RENAME2, struct.pack("=QII", 4, 2, 0) + b"old\0new\0",
          ("rename", 9, b"old", 4, b"new", 2, CALLER)),
         (Opcode.FSYNC, struct.pack("=QII", 8, 1, 0), ("fsync", 8, True)),
-        (Opcode.FSYNCDIR, struct.pack("=QII", 8, 0, 0), ("fsyncdir", 8, False)),
+        (Opcode.FSYNCDIR, struct.pack("=QII", 8, 0, 0), ("fsyncdir", 9, False)),
         (Opcode.SYNCFS, struct.pack("=Q", 0), ("syncfs",)),
         (Opcode.FLUSH, struct.pack("=QIIQ", 8, 0, 0, 0), ("flush", 8)),
         (Opcode.RELEASE, struct.pack("=QIIQ", 8, 0, 0, 0), ("release", 8)),
-        (Opcode.RELEASEDIR, struct.pack("=QIIQ", 8, 0, 0, 0), ("releasedir", 8)),
         (Opcode.FALLOCATE, struct.pack("=QQQII", 8, 100, 200, 1, 0), ("fallocate", 8, 1, 100, 200, CALLER)),
         (Opcode.REMOVEXATTR, b"user.x\0", ("removexattr", 9, b"user.x", CALLER)),
         (Opcode.SETXATTR, struct.pack("=IIII", 3, 2, 1, 0) + b"user.x\0a\0b",
@@ -297,12 +296,27 @@ def entries() -> list[DirectoryEntry]:
     ]
 
 
+def test_directories_are_opened_by_the_kernel_where_it_keeps_all_entries() -> None:
+    body = struct.pack("=II", 0, 0)
+    for offered in (False, True):
+        table = Table(no_opendir=offered)
+        table.core.answers |= {"spares_opendir": not offered, "caches_directory": False}
+        assert table.table[Opcode.OPENDIR](9, body, *CALLER) == struct.pack("=QIi", 0, 0, 0)
+        table.core.answers["caches_directory"] = True
+        flags = wire.FOPEN_CACHE_DIR | wire.FOPEN_KEEP_CACHE
+        assert table.table[Opcode.OPENDIR](9, body, *CALLER) == struct.pack("=QIi", 0, flags, 0)
+    table.core.answers["spares_opendir"] = True
+    with pytest.raises(OSError) as caught:
+        table.table[Opcode.OPENDIR](9, body, *CALLER)
+    assert caught.value.errno == errno.ENOSYS
+    assert table.table[Opcode.RELEASEDIR](9, bytes(24), *CALLER) == b""
+
+
 def test_readdir() -> None:
     table = Table()
-    assert table.ask(Opcode.OPENDIR, struct.pack("=II", 0, 0), 12) == struct.pack("=QIi", 12, 0, 0)
-    body = struct.pack("=QQIIQII", 12, 1, 4096, 0, 0, 0, 0)
+    body = struct.pack("=QQIIQII", 0, 1, 4096, 0, 0, 0, 0)
     reply = table.ask(Opcode.READDIR, body, entries())
-    assert table.call == ("readdir", 12, 1)
+    assert table.call == ("readdir", 9, 1)
     seen, at = [], 0
     while at < len(reply):
         ino, following, length, kind = wire.DIRENT.unpack_from(reply, at)
@@ -427,7 +441,7 @@ def test_only_what_is_offered_is_taken() -> None:
     got = negotiate.agree(offer(99), TransportOptions(acl=False), True, 1 << 20)
     assert got.answer.minor == wire.MINOR
     assert not got.flags & wire.POSIX_ACL and got.flags & wire.DONT_MASK
-    for never in (wire.NO_OPENDIR_SUPPORT, wire.ALLOW_IDMAP, wire.POSIX_LOCKS, wire.FLOCK_LOCKS):
+    for never in (wire.ALLOW_IDMAP, wire.POSIX_LOCKS, wire.FLOCK_LOCKS):
         assert not got.flags & never
     with pytest.raises(OSError, match=r"7\.30"):
         negotiate.agree(offer(30), TransportOptions(), True, 1 << 20)

@@ -1,78 +1,7 @@
-/* OPENDIR, READDIR, READDIRPLUS and RELEASEDIR. */
+/* READDIR and READDIRPLUS. */
 #include "shortcuts.h"
 
 #define ENTRY sizeof(struct fuse_entry_out)
-
-/* The kernel may keep a directory's entries where it learns of every change: Filesystem.caches_directory(). */
-static int is_cacheable(Shortcuts *self, PyObject *directory)
-{
-	double timeout;
-
-	if (self->upper_timeout <= 0)
-		return 0;
-	if (!PyTuple_GET_SIZE(SLOT(directory, shape.lowers)))
-		return 1;
-	timeout = lower_timeout(self);
-	return PyErr_Occurred() ? -1 : timeout >= self->upper_timeout;
-}
-
-static PyObject *new_open_directory(Shortcuts *self, PyObject *directory)
-{
-	PyObject *latest = PyDict_GetItemWithError(self->latest, SLOT(directory, shape.number)), *open;
-
-	if (!latest && PyErr_Occurred())
-		return NULL;
-	open = PyType_GenericAlloc(shape.open_directory, 0);
-	if (!open)
-		return NULL;
-	SLOT(open, shape.directory_node) = Py_NewRef(directory);
-	SLOT(open, shape.entries) = Py_NewRef(Py_None);
-	SLOT(open, shape.latest) = Py_NewRef(latest ? latest : Py_None);
-	return open;
-}
-
-int do_opendir(Shortcuts *self, struct call *call)
-{
-	PyObject *directory = find_node(self, call->node), *open, *handle;
-	struct fuse_open_out *out = (struct fuse_open_out *)call->out;
-	int keep, rc = FAILED;
-
-	if (!directory || !is_directory(directory))
-		return PyErr_Occurred() ? FAILED : LEAVE;
-	keep = is_cacheable(self, directory);
-	if (keep < 0)
-		return FAILED;
-	open = new_open_directory(self, directory);
-	handle = open ? next_number(self->filesystem, str_next_handle) : NULL;
-	if (handle && PyDict_SetItem(self->open_dirs, handle, open) == 0) {
-		out->fh = PyLong_AsUnsignedLongLongMask(handle);
-		out->open_flags = keep ? FOPEN_CACHE_DIR | FOPEN_KEEP_CACHE : 0;
-		out->backing_id = 0;
-		call->size = sizeof *out;
-		rc = ANSWERED;
-	}
-	Py_XDECREF(open);
-	Py_XDECREF(handle);
-	return rc;
-}
-
-int do_releasedir(Shortcuts *self, struct call *call)
-{
-	struct fuse_release_in in;
-	PyObject *handle;
-
-	if (call->length < (Py_ssize_t)sizeof in)
-		return LEAVE;
-	memcpy(&in, call->body, sizeof in);
-	handle = PyLong_FromUnsignedLongLong(in.fh);
-	if (!handle)
-		return FAILED;
-	if (PyDict_DelItem(self->open_dirs, handle) < 0)
-		PyErr_Clear(); /* it was none */
-	Py_DECREF(handle);
-	call->size = 0;
-	return ANSWERED;
-}
 
 /* A look-up that isn't plain, by Python: its encoded answer, or 0 for a name to leave out. */
 static int look_up_slowly(Shortcuts *self, PyObject *directory, PyObject *name, uint64_t ino,
@@ -126,10 +55,12 @@ static int fill(Shortcuts *self, struct call *call, PyObject *directory, PyObjec
 {
 	char *page = PyBytes_AS_STRING(call->bytes);
 	size_t used = 0, head = plus ? ENTRY : 0;
-	uint64_t position;
+	Py_ssize_t position = following(entries, in->offset);
 
-	for (position = in->offset; position < (uint64_t)PyList_GET_SIZE(entries); position++) {
-		PyObject *entry = PyList_GET_ITEM(entries, (Py_ssize_t)position), *name = PyTuple_GET_ITEM(entry, 0);
+	if (position == PyList_GET_SIZE(entries) && PyDict_DelItem(self->lists, SLOT(directory, shape.number)) < 0)
+		PyErr_Clear(); /* it was another's */
+	for (; position < PyList_GET_SIZE(entries); position++) {
+		PyObject *entry = PyList_GET_ITEM(entries, position), *name = PyTuple_GET_ITEM(entry, 0);
 		uint64_t ino = PyLong_AsUnsignedLongLongMask(PyTuple_GET_ITEM(entry, 1));
 		uint32_t kind = (uint32_t)PyLong_AsUnsignedLongMask(PyTuple_GET_ITEM(entry, 2));
 		size_t length = (size_t)PyBytes_GET_SIZE(name);
@@ -160,7 +91,7 @@ static int fill(Shortcuts *self, struct call *call, PyObject *directory, PyObjec
 		if (!rc)
 			continue;
 		dirent->ino = ino;
-		dirent->off = position + 1;
+		dirent->off = position < 2 ? (uint64_t)position + 1 : cookie(entry);
 		dirent->namelen = (uint32_t)length;
 		dirent->type = kind >> 12;
 		memcpy(dirent->name, PyBytes_AS_STRING(name), length);
@@ -185,7 +116,7 @@ static int trim(Shortcuts *self)
 static int read_page(Shortcuts *self, struct call *call, int plus)
 {
 	struct fuse_read_in in;
-	PyObject *open, *entries;
+	PyObject *directory, *entries;
 	int rc;
 
 	if (call->length < (Py_ssize_t)sizeof in)
@@ -193,14 +124,14 @@ static int read_page(Shortcuts *self, struct call *call, int plus)
 	if (trim(self) < 0)
 		return FAILED;
 	memcpy(&in, call->body, sizeof in);
-	open = find_open_directory(self, in.fh);
-	if (!open)
+	directory = find_node(self, call->node);
+	if (!directory || !is_directory(directory))
 		return PyErr_Occurred() ? FAILED : LEAVE;
-	entries = entries_of(self, open, in.offset);
+	entries = entries_of(self, directory, in.offset);
 	if (!entries)
 		return FAILED;
 	call->bytes = PyBytes_FromStringAndSize(NULL, in.size);
-	rc = call->bytes ? fill(self, call, SLOT(open, shape.directory_node), entries, &in, plus) : FAILED;
+	rc = call->bytes ? fill(self, call, directory, entries, &in, plus) : FAILED;
 	if (rc)
 		Py_CLEAR(call->bytes);
 	Py_DECREF(entries);

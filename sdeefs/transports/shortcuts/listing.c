@@ -116,29 +116,61 @@ static int take(Shortcuts *self, PyObject *directory, PyObject **taken)
 	return rc;
 }
 
-/* Listing._entries(): what a handle reads; a new reference, NULL with an exception. */
-PyObject *entries_of(Shortcuts *self, PyObject *open, uint64_t offset)
+/* core/listing.py's cookie(), by which lists are ordered. */
+uint64_t cookie(PyObject *entry)
 {
-	PyObject *entries = SLOT(open, shape.entries), *latest = SLOT(open, shape.latest), *kept, *number;
-	PyObject *directory = SLOT(open, shape.directory_node);
+	uint64_t low = (uint64_t)PyObject_Hash(PyTuple_GET_ITEM(entry, 0)) & INT64_MAX;
 
-	if (offset && entries == Py_None && latest != Py_None) {
-		entries = latest;
-		set_slot(open, shape.entries, Py_NewRef(entries));
+	return low < 3 ? 3 : low;
+}
+
+static int by_cookie(const void *one, const void *other)
+{
+	uint64_t a = cookie(*(PyObject *const *)one), b = cookie(*(PyObject *const *)other);
+
+	return a < b ? -1 : a > b;
+}
+
+/* The place in a list of what comes after an offset. */
+Py_ssize_t following(PyObject *entries, uint64_t offset)
+{
+	Py_ssize_t low = 2, high = PyList_GET_SIZE(entries);
+
+	if (offset < 2)
+		return (Py_ssize_t)offset;
+	while (low < high) {
+		Py_ssize_t middle = low + (high - low) / 2;
+
+		if (cookie(PyList_GET_ITEM(entries, middle)) <= offset)
+			low = middle + 1;
+		else
+			high = middle;
 	}
-	if (offset && entries != Py_None)
-		return Py_NewRef(entries);
+	return low;
+}
+
+/* Listing._entries(): the list to go on in; a new reference, NULL with an exception. */
+PyObject *entries_of(Shortcuts *self, PyObject *directory, uint64_t offset)
+{
+	PyObject *entries = NULL, *kept, *number;
+
+	if (offset) {
+		entries = PyDict_GetItemWithError(self->lists, SLOT(directory, shape.number));
+		if (entries || PyErr_Occurred())
+			return Py_XNewRef(entries);
+	}
 	switch (take(self, directory, &entries)) {
 	case ANSWERED:
-		set_slot(open, shape.entries, Py_NewRef(entries));
-		kept = PyObject_CallFunctionObjArgs(self->keep_list, SLOT(directory, shape.number), entries, NULL);
+		qsort(((PyListObject *)entries)->ob_item + 2, (size_t)PyList_GET_SIZE(entries) - 2,
+		      sizeof(PyObject *), by_cookie);
+		kept = PyObject_CallFunctionObjArgs(self->keep_list, directory, entries, NULL);
 		if (!kept)
 			Py_CLEAR(entries);
 		Py_XDECREF(kept);
 		return entries;
 	case LEAVE:
 		number = PyLong_FromUnsignedLongLong(offset);
-		entries = number ? PyObject_CallFunctionObjArgs(self->entries, open, number, NULL) : NULL;
+		entries = number ? PyObject_CallFunctionObjArgs(self->entries, directory, number, NULL) : NULL;
 		Py_XDECREF(number);
 		if (entries && !PyList_Check(entries)) {
 			PyErr_SetString(PyExc_TypeError, "entries: a list");

@@ -87,10 +87,8 @@ METHOD(listxattr, FUSE_LISTXATTR, 1)
 METHOD(create, FUSE_CREATE, 1)
 METHOD(copy_file_range, FUSE_COPY_FILE_RANGE, 0)
 METHOD(copy_file_range_64, FUSE_COPY_FILE_RANGE_64, 0)
-METHOD(opendir, FUSE_OPENDIR, 1)
 METHOD(readdir, FUSE_READDIR, 1)
 METHOD(readdirplus, FUSE_READDIRPLUS, 1)
-METHOD(releasedir, FUSE_RELEASEDIR, 1)
 
 /* Of these the kernel expects no reply. */
 #define SILENT(name, opcode)                                                                        \
@@ -211,26 +209,21 @@ static PyObject *imported(const char *module, const char *first, const char *sec
 
 static int find_objects(Shortcuts *self)
 {
-	PyObject *filesystem = self->filesystem, *latest;
+	PyObject *filesystem = self->filesystem;
 
 	self->acquire = attribute(filesystem, "lock", "acquire");
 	self->release = attribute(filesystem, "lock", "release");
 	self->table = attribute(filesystem, "table", NULL);
 	self->nodes = attribute(filesystem, "table", "nodes");
 	self->files = attribute(filesystem, "_files", NULL);
-	self->open_dirs = attribute(filesystem, "_open_dirs", NULL);
 	self->upper = attribute(filesystem, "upper", NULL);
 	self->lookup = attribute(filesystem, "_lookup", NULL);
 	self->entries = attribute(filesystem, "_entries", NULL);
 	self->trim = attribute(filesystem, "_trim", NULL);
 	self->remember = attribute(filesystem, "_remember", NULL);
 	self->inode_number = attribute(filesystem, "_inode_number", NULL);
-	latest = attribute(filesystem, "_latest", NULL);
-	if (latest) {
-		self->keep_list = attribute(latest, "keep", NULL);
-		self->latest = attribute(latest, "lists", NULL);
-		Py_DECREF(latest);
-	}
+	self->keep_list = attribute(filesystem, "_keep_list", NULL);
+	self->lists = attribute(filesystem, "_lists", NULL);
 	self->lookers = attribute(filesystem, "lookers", "table");
 	self->settle = imported("sdeefs.core.credentials", "settle", NULL);
 	self->become = imported("sdeefs.core.credentials", "become", NULL);
@@ -242,7 +235,7 @@ static int find_objects(Shortcuts *self)
 		self->release_backing = attribute(self->backing, "release", NULL);
 	}
 	return PyErr_Occurred() || !PyDict_Check(self->nodes) || !PyDict_Check(self->files) ||
-			       !PyDict_Check(self->open_dirs) || !PyDict_Check(self->latest) || !PyList_Check(self->lookers) ? -1 : 0;
+			       !PyDict_Check(self->lists) || !PyList_Check(self->lookers) ? -1 : 0;
 }
 
 static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
@@ -295,7 +288,6 @@ static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
 	do(self->release);                                                                        \
 	do(self->nodes);                                                                          \
 	do(self->files);                                                                          \
-	do(self->open_dirs);                                                                      \
 	do(self->table);                                                                          \
 	do(self->upper);                                                                          \
 	do(self->handlers);                                                                       \
@@ -312,7 +304,7 @@ static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
 	do(self->remember);                                                                       \
 	do(self->trim);                                                                           \
 	do(self->keep_list);                                                                      \
-	do(self->latest);                                                                         \
+	do(self->lists);                                                                          \
 	do(self->lookers);                                                                        \
 	do(self->io_passthrough);                                                                 \
 	do(self->io_cached)
@@ -355,8 +347,7 @@ static void Shortcuts_dealloc(Shortcuts *self)
 static PyMethodDef Shortcuts_methods[] = {
 	ROW(lookup), ROW(getattr), ROW(setattr), ROW(unlink), ROW(open), ROW(read), ROW(release),
 	ROW(setxattr), ROW(getxattr), ROW(listxattr), ROW(create), ROW(copy_file_range),
-	ROW(copy_file_range_64), ROW(opendir), ROW(readdir), ROW(readdirplus),
-	ROW(releasedir), ROW(forget), ROW(batch_forget),
+	ROW(copy_file_range_64), ROW(readdir), ROW(readdirplus), ROW(forget), ROW(batch_forget),
 	{ "left", (PyCFunction)Shortcuts_left, METH_NOARGS, left_doc },
 	{ NULL },
 };

@@ -81,9 +81,6 @@ int learn_shape(void)
 		{ &shape.open_file, "writable", &shape.file_writable },
 		{ &shape.open_file, "io", &shape.file_io },
 		{ &shape.open_file, "lower", &shape.file_lower },
-		{ &shape.open_directory, "entries", &shape.entries },
-		{ &shape.open_directory, "latest", &shape.latest },
-		{ &shape.open_directory, "node", &shape.directory_node },
 	};
 	size_t i;
 
@@ -92,8 +89,7 @@ int learn_shape(void)
 	if (!(shape.node = class_of("sdeefs.core.nodes", "Node")) ||
 	    !(shape.directory = class_of("sdeefs.core.nodes", "Directory")) ||
 	    !(shape.extra = class_of("sdeefs.core.nodes", "Extra")) ||
-	    !(shape.open_file = class_of("sdeefs.core.handles", "OpenFile")) ||
-	    !(shape.open_directory = class_of("sdeefs.core.listing", "OpenDirectory")))
+	    !(shape.open_file = class_of("sdeefs.core.handles", "OpenFile")))
 		return -1;
 	for (i = 0; i < sizeof wanted / sizeof *wanted; i++)
 		if (offset(*wanted[i].type, wanted[i].name, wanted[i].at) < 0)
@@ -187,13 +183,6 @@ PyObject *find_file(Shortcuts *self, uint64_t handle)
 	PyObject *file = numbered(self->files, handle);
 
 	return file && Py_IS_TYPE(file, shape.open_file) ? file : NULL;
-}
-
-PyObject *find_open_directory(Shortcuts *self, uint64_t handle)
-{
-	PyObject *open = numbered(self->open_dirs, handle);
-
-	return open && Py_IS_TYPE(open, shape.open_directory) ? open : NULL;
 }
 
 PyObject *next_number(PyObject *owner, PyObject *attribute)

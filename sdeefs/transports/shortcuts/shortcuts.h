@@ -69,13 +69,13 @@ typedef struct {
 	PyObject_HEAD
 	PyObject *filesystem;	    /* core.filesystem.Filesystem */
 	PyObject *acquire, *release; /* its lock's */
-	PyObject *nodes, *files, *open_dirs, *table, *upper;
+	PyObject *nodes, *files, *table, *upper;
 	PyObject *handlers; /* Python's, by opcode */
 	PyObject *backing;  /* BackingIds, or None */
 	PyObject *acquire_backing, *release_backing;
 	PyObject *read_later; /* the rest of a READ that has to wait for a disk */
 	PyObject *settle, *become, *pack_entry, *lookup, *entries, *inode_number, *keep_list, *remember, *trim;
-	PyObject *latest; /* core/listing.py: the lists taken last, by node */
+	PyObject *lists; /* core/listing.py: those that are being read, by node */
 	PyObject *lookers; /* core/lookers.py: its table */
 	PyObject *io_passthrough, *io_cached;
 	struct layer *layers;
@@ -108,7 +108,7 @@ struct call {
 
 /* objects.c: the core's objects */
 struct shape {
-	PyTypeObject *node, *directory, *extra, *open_file, *open_directory;
+	PyTypeObject *node, *directory, *extra, *open_file;
 	/* Node */
 	Py_ssize_t number, count, parent, name, kind, layer, ino, shown, extra_at, stamp;
 	/* Directory */
@@ -117,8 +117,6 @@ struct shape {
 	Py_ssize_t names, key, fd, index, lower_nlink, handles, opened, secret, work_name, privileged;
 	/* OpenFile */
 	Py_ssize_t file_node, file_fd, file_writable, file_io, file_lower;
-	/* OpenDirectory */
-	Py_ssize_t entries, latest, directory_node;
 };
 extern struct shape shape;
 
@@ -132,7 +130,6 @@ int is_directory(PyObject *node);
 int is_true(PyObject *object, PyObject *attribute); /* -1 with an exception */
 PyObject *find_node(Shortcuts *self, uint64_t number); /* borrowed; NULL: none, or an exception */
 PyObject *find_file(Shortcuts *self, uint64_t handle); /* the same, of an open file */
-PyObject *find_open_directory(Shortcuts *self, uint64_t handle); /* and of an open directory */
 PyObject *new_node(Shortcuts *self, PyObject *parent, PyObject *name, const struct stat *st, long layer,
 		   uint64_t shown, PyObject *stamp);
 PyObject *new_directory(Shortcuts *self, PyObject *parent, PyObject *name, const struct stat *st, long layer,
@@ -206,12 +203,12 @@ int wants_attributes(Shortcuts *self, const struct call *call, uint32_t mode);
 void note_lookup(Shortcuts *self, PyObject *directory, const struct call *call, uint32_t mode);
 
 /* listing.c */
-PyObject *entries_of(Shortcuts *self, PyObject *open, uint64_t offset);
+PyObject *entries_of(Shortcuts *self, PyObject *directory, uint64_t offset);
+Py_ssize_t following(PyObject *entries, uint64_t offset);
+uint64_t cookie(PyObject *entry);
 
 /* directories.c */
-int do_opendir(Shortcuts *self, struct call *call);
 int do_readdir(Shortcuts *self, struct call *call);
 int do_readdirplus(Shortcuts *self, struct call *call);
-int do_releasedir(Shortcuts *self, struct call *call);
 
 #endif
