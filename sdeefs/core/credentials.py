@@ -38,6 +38,8 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+#: Another number once a thread is another than it was; who remembers what a thread is compares it.
+generation = 0
 
 
 def _capabilities() -> _Sets:
@@ -63,6 +65,12 @@ def _raise_all() -> None:
     sets.e0 = sets.p0 & ~(1 << CAP_SYS_RESOURCE)
     sets.e1 = sets.p1
     _libc.capset(ctypes.byref(_Header(_VERSION_3, 0)), ctypes.byref(sets))
+
+
+def _changed() -> None:
+    # Of two threads here at once one count may be lost: each sees another number than it had before.
+    global generation
+    generation += 1
 
 
 def settle() -> None:
@@ -91,6 +99,7 @@ def become(uid: int, gid: int) -> bool:
             return True
     if not (t.powers >> CAP_SETUID & 1 and t.powers >> CAP_SETGID & 1):
         return False
+    _changed()
     _libc.setfsgid(ctypes.c_uint32(gid))
     _libc.setfsuid(ctypes.c_uint32(uid))
     # The calls report nothing: ask what came of them.
@@ -105,6 +114,7 @@ def restore() -> None:
     t = _thread
     if not t.ready:
         return
+    _changed()
     if t.powers:
         _libc.setfsgid(ctypes.c_uint32(os.getegid()))
         _libc.setfsuid(ctypes.c_uint32(os.geteuid()))

@@ -99,6 +99,11 @@ static struct answer serve(Device *self, int fd, const struct in_header *in, con
 		answer.body = reply;
 		return answer;
 	}
+	if (reply && PyLong_CheckExact(reply)) {
+		answer.error = (int)PyLong_AsLong(reply);
+		Py_DECREF(reply);
+		return answer;
+	}
 	if (reply && reply != Py_None) {
 		PyObject *handed = PyObject_CallFunction(self->later, "iKIO", fd, (unsigned long long)in->unique,
 							 (unsigned)in->pid, reply);

@@ -201,6 +201,8 @@ static void serve(Ring *self, struct entry *entry)
 		commit(self, entry, 0, reply);
 	} else if (reply == Py_None) {
 		commit(self, entry, 0, NULL);
+	} else if (PyLong_CheckExact(reply)) {
+		commit(self, entry, (int)PyLong_AsLong(reply), NULL);
 	} else {
 		entry->state = WITH_WORKER;
 		handed = PyObject_CallFunction(self->later, "IKIO", (unsigned)(entry - self->entries),

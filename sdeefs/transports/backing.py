@@ -2,8 +2,9 @@
 
 The kernel allows one backing file per inode at a time, and no mixture of it with the page cache. So
 an id is registered with the first handle of a node and serves all others until the last is
-released; and a node whose first handle goes through the page cache, because the core says so or
-the file was refused (its filesystem is stacked too deep), stays with it until then.
+released; and a node whose first handle goes through the page cache, because the file was refused (its
+filesystem is stacked too deep), stays with it until then. Handles for which the core says so, all of a
+node's, aren't noted here. `shortcuts/files.c` does what is plain of this itself.
 """
 
 from __future__ import annotations
@@ -21,60 +22,51 @@ log = logging.getLogger(__name__)
 CACHED = 0
 
 
-class _Use:
-    __slots__ = ("backing_id", "handles")
-
-    def __init__(self, backing_id: int) -> None:
-        self.backing_id = backing_id
-        self.handles = 1
-
-
 class BackingIds:
     """Of one connection. Handles that never acquired one may be released, too."""
 
     def __init__(self, device: int) -> None:
         self._device = device
         self._lock = threading.Lock()
-        self._uses: dict[int, _Use] = {}
-        self._node_of: dict[int, int] = {}
+        self.uses: dict[int, list[int]] = {}  # by node: the id, and how many handles have it
+        self.node_of: dict[int, int] = {}  # by handle
         self._refused: set[int] = set()
 
     def acquire(self, node: int, handle: int, backing: int | None) -> int:
-        """The id for one more handle of a node, or CACHED. `backing` None: CACHED is wanted."""
+        """The id for one more handle of a node, or CACHED. `backing` None: CACHED is wanted (beside
+        handles with an id the kernel refuses such an open, with EIO: never another file's data)."""
+        if backing is None:
+            return CACHED
         with self._lock:
-            use = self._uses.get(node)
+            use = self.uses.get(node)
             if use is None:
-                backing_id = CACHED if backing is None else self._register(backing)
-                use = self._uses[node] = _Use(backing_id)
-            elif backing is None and use.backing_id != CACHED:
-                return CACHED  # the kernel refuses this open (EIO): never another file's data
-            else:
-                use.handles += 1
-            self._node_of[handle] = node
-            return use.backing_id
+                use = self.uses[node] = [self._register(backing), 0]
+            use[1] += 1
+            self.node_of[handle] = node
+            return use[0]
 
     def release(self, handle: int) -> None:
         """A handle is closed."""
-        if handle not in self._node_of:
+        if handle not in self.node_of:
             return
         with self._lock:
-            node = self._node_of.pop(handle)
-            use = self._uses[node]
-            use.handles -= 1
-            if use.handles:
+            node = self.node_of.pop(handle)
+            use = self.uses[node]
+            use[1] -= 1
+            if use[1]:
                 return
-            del self._uses[node]
-            if use.backing_id != CACHED:
-                self._close(use.backing_id)
+            del self.uses[node]
+            if use[0] != CACHED:
+                self._close(use[0])
 
     def forget_all(self) -> None:
         """The connection is gone, and the ids with it."""
         with self._lock:
-            self._uses.clear()
-            self._node_of.clear()
+            self.uses.clear()
+            self.node_of.clear()
 
     def __len__(self) -> int:
-        return len(self._uses)
+        return len(self.uses)
 
     def _register(self, backing: int) -> int:
         # A mutable buffer: with it fcntl.ioctl() returns the ioctl's own value, the id.

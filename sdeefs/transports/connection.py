@@ -177,7 +177,7 @@ class Connection:
         )
         table = handlers(operations, features, self._backing_ids, self._interrupt)
         if self._options.shortcuts:
-            table = shorten(operations, table, self._backing_ids, features)
+            table = shorten(operations, table, self._backing_ids, features, self._fd)
         self._handlers = table
 
     # For subclasses

@@ -163,9 +163,11 @@ class DeviceTransport(Connection):
                     else:
                         writev(fd, (pack(16 + len(reply), 0, unique), reply))
                     continue
-                if reply is not None:
-                    self._later(fd, unique, pid, reply)
-                continue
+                if type(reply) is not int:
+                    if reply is not None:
+                        self._later(fd, unique, pid, reply)
+                    continue
+                number = reply
             except OSError as error:
                 number = error_number(error)
             except IndexError:

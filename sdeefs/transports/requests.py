@@ -44,7 +44,8 @@ class Deferred:
 
 
 Body = bytes
-Reply = bytes | Deferred | None
+#: An int is an errno, as OSError is: what is common (no such xattr) needn't be raised in C.
+Reply = bytes | int | Deferred | None
 Handler = Callable[[int, Body, int, int, int], Reply]
 
 _PAIR = wire.GETXATTR_IN

@@ -165,6 +165,8 @@ class RingTransport(Connection):
         except Exception as error:
             _log_fault(opcode, error)
             number = errno.EIO
+        if isinstance(reply, int):
+            number = reply
         if isinstance(reply, Deferred):
             self._later(fd, unique, pid, reply)
         elif isinstance(reply, bytes):

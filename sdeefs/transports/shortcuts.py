@@ -72,9 +72,16 @@ def why_not(operations: Operations) -> str | None:
 
 
 def shorten(
-    operations: Operations, handlers: list[Any], backing_ids: object, features: Features
+    operations: Operations,
+    handlers: list[Any],
+    backing_ids: object,
+    features: Features,
+    device: int = -1,
 ) -> list[Any]:
-    """The table of handlers with the shortcuts in it, where they can serve."""
+    """The table of handlers with the shortcuts in it, where they can serve.
+
+    `device`: the connection's descriptor, to give the kernel small files' data through.
+    """
     if why_not(operations) is not None:
         return handlers
     from sdeefs.transports._shortcuts import Shortcuts
@@ -114,6 +121,7 @@ def shorten(
         max_directories=settings.max_directories,
         watched_events=fanotify.WATCHED,
         read_later=read_later,
+        device=device,
     )
     table = list(handlers)
     for opcode, name in SHORTCUTS.items():

@@ -108,11 +108,14 @@ def test_backing_ids_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert closed == []
     ids.release(2)
     assert closed == [40] and len(ids) == 0
-    assert ids.acquire(node=7, handle=4, backing=None) == CACHED
+    with monkeypatch.context() as patched:
+        patched.setattr(ids, "_register", lambda _: CACHED)
+        assert ids.acquire(node=7, handle=4, backing=4) == CACHED  # the kernel refuses the file
     assert ids.acquire(node=7, handle=5, backing=4) == CACHED  # no mixture with the page cache
     ids.release(4)
     ids.release(5)
     assert ids.acquire(node=7, handle=6, backing=4) == 40
+    assert closed == [40]
 
 
 def test_errors_that_the_protocol_can_carry() -> None:

@@ -2,11 +2,14 @@
 #include "shortcuts.h"
 
 #include <fcntl.h>
+#include <sys/ioctl.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 /* What of open(2)'s flags reaches the descriptor of a layer's file (core/handles.py). */
 #define KEPT (O_ACCMODE | O_SYNC | O_DSYNC)
+/* Bytes: files of lower that aren't larger go to the kernel when they are opened. */
+#define SMALL 32768
 
 static int layer_flags(Shortcuts *self, uint32_t flags)
 {
@@ -41,6 +44,31 @@ static int keeps_cache(PyObject *extra, const struct stat *st)
 	return keep;
 }
 
+/* Give the kernel a small file's data before its first reader asks for it. That spares the READ, and the
+ * GETATTR of a reader that looks again at what it has read (Linux takes the time of access for changed).
+ * Returns whether it has it all. Not while anybody else has the file open: a page of it may be locked for
+ * a READ that this very thread has yet to answer. */
+static int stored(Shortcuts *self, PyObject *node, int fd, const struct stat *st)
+{
+	char data[SMALL];
+	struct {
+		struct fuse_out_header head;
+		struct fuse_notify_store_out store;
+	} message = { .head.error = FUSE_NOTIFY_STORE, .store.nodeid = slot_u64(node, shape.number) };
+	struct iovec parts[2] = { { &message, sizeof message }, { data, sizeof data } };
+	ssize_t length;
+
+	if (self->device < 0 || st->st_size <= 0 || st->st_size > SMALL)
+		return 0;
+	length = preadv2(fd, &parts[1], 1, 0, RWF_NOWAIT); /* a worker waits for disks */
+	if (length != st->st_size)
+		return 0;
+	parts[1].iov_len = (size_t)length;
+	message.store.size = (uint32_t)length;
+	message.head.len = (uint32_t)(sizeof message + (size_t)length);
+	return writev(self->device, parts, 2) == (ssize_t)message.head.len;
+}
+
 static PyObject *new_file(PyObject *node, PyObject *fd, int writable, PyObject *io)
 {
 	PyObject *file = PyType_GenericAlloc(shape.open_file, 0);
@@ -55,20 +83,50 @@ static PyObject *new_file(PyObject *node, PyObject *fd, int writable, PyObject *
 	return file;
 }
 
-/* The kernel's name for the file that it reads and writes itself; 0: it goes by requests. */
-static int backing_id(Shortcuts *self, PyObject *node, PyObject *handle, PyObject *fd, int passes)
+/* The kernel's name for the file that it reads and writes itself; 0: it goes by requests; -1 with an
+ * exception. Of a node's first handle as BackingIds.acquire() does it, all else by that. */
+static int backing_id(Shortcuts *self, PyObject *node, PyObject *handle, PyObject *fd)
 {
-	PyObject *arguments[3] = { SLOT(node, shape.number), handle, passes ? fd : Py_None }, *id;
-	long number;
+	PyObject *arguments[3] = { SLOT(node, shape.number), handle, fd }, *id, *use;
+	int number = 0, known = self->uses ? PyDict_Contains(self->uses, arguments[0]) : 1;
+	struct fuse_backing_map map = { .fd = (int32_t)PyLong_AsLong(fd) };
 
-	if (self->backing == Py_None)
-		return 0;
+	if (!known && !PyList_GET_SIZE(SLOT(SLOT(node, shape.extra_at), shape.handles)))
+		number = ioctl(self->device, FUSE_DEV_IOC_BACKING_OPEN, &map);
+	if (number > 0) {
+		use = Py_BuildValue("[ii]", number, 1);
+		known = use ? PyDict_SetItem(self->uses, arguments[0], use) : -1;
+		if (!known)
+			known = PyDict_SetItem(self->node_of, handle, arguments[0]);
+		Py_XDECREF(use);
+		return known < 0 ? -1 : number;
+	}
 	id = PyObject_Vectorcall(self->acquire_backing, arguments, 3, NULL);
 	if (!id)
 		return -1;
-	number = PyLong_AsLong(id);
+	number = (int)PyLong_AsLong(id);
 	Py_DECREF(id);
-	return (int)number;
+	return number;
+}
+
+/* BackingIds.release(): of a node's only handle here, else by that. -1 with an exception. */
+static int release_backing(Shortcuts *self, PyObject *node, PyObject *handle)
+{
+	PyObject *number = SLOT(node, shape.number), *use, *done;
+
+	use = self->uses ? PyDict_GetItemWithError(self->uses, number) : NULL;
+	if (use && PyLong_AsLong(PyList_GET_ITEM(use, 1)) == 1 && PyDict_Contains(self->node_of, handle) == 1) {
+		uint32_t id = (uint32_t)PyLong_AsUnsignedLongMask(PyList_GET_ITEM(use, 0));
+
+		if (PyDict_DelItem(self->uses, number) < 0 || PyDict_DelItem(self->node_of, handle) < 0)
+			return -1;
+		if (id)
+			(void)ioctl(self->device, FUSE_DEV_IOC_BACKING_CLOSE, &id);
+		return 0;
+	}
+	done = PyErr_Occurred() ? NULL : PyObject_CallOneArg(self->release_backing, handle);
+	Py_XDECREF(done);
+	return done ? 0 : -1;
 }
 
 /* Handles._opened() and encode_open(): the handle of an open descriptor, which it owns from then on. */
@@ -76,7 +134,7 @@ static int opened(Shortcuts *self, PyObject *node, int fd, const struct stat *st
 		  struct fuse_open_out *out)
 {
 	PyObject *extra = SLOT(node, shape.extra_at), *handles, *io, *handle = NULL, *number = NULL, *file = NULL;
-	int keep = 0, id, rc = FAILED;
+	int keep = 0, id = 0, first, rc = FAILED;
 
 	if (extra == Py_None) {
 		extra = new_extra();
@@ -90,15 +148,19 @@ static int opened(Shortcuts *self, PyObject *node, int fd, const struct stat *st
 	else
 		io = self->passthrough && (slot_int(node, shape.layer) == UPPER || !self->writable) ?
 			self->io_passthrough : self->io_cached;
+	first = SLOT(extra, shape.opened) == Py_None && !PyList_GET_SIZE(handles);
 	if (io == self->io_cached)
 		keep = keeps_cache(extra, st);
 	else
 		set_slot(extra, shape.opened, Py_NewRef(Py_None));
+	if (first && io == self->io_cached && !keep && slot_int(node, shape.layer) != UPPER)
+		keep = stored(self, node, fd, st);
 	handle = keep < 0 ? NULL : next_number(self->filesystem, str_next_handle);
 	number = handle ? PyLong_FromLong(fd) : NULL;
 	file = number ? new_file(node, number, writable, io) : NULL;
-	id = file ? backing_id(self, node, handle, number, io == self->io_passthrough) : -1;
-	if (id >= 0 && PyDict_SetItem(self->files, handle, file) == 0) {
+	if (file && io == self->io_passthrough && self->backing != Py_None)
+		id = backing_id(self, node, handle, number);
+	if (file && id >= 0 && PyDict_SetItem(self->files, handle, file) == 0) {
 		if (PyList_Append(handles, file) == 0)
 			rc = ANSWERED;
 		else
@@ -170,21 +232,6 @@ int do_open(Shortcuts *self, struct call *call)
 		close(fd);
 	call->size = sizeof(struct fuse_open_out);
 	return rc;
-}
-
-/* Whether the thread creates files as these ids from now on (core/credentials.py). */
-static int becomes(Shortcuts *self, uint32_t uid, uint32_t gid)
-{
-	PyObject *ids[2] = { PyLong_FromUnsignedLong(uid), PyLong_FromUnsignedLong(gid) }, *done = NULL;
-	int truth;
-
-	if (ids[0] && ids[1])
-		done = PyObject_Vectorcall(self->become, ids, 2, NULL);
-	Py_XDECREF(ids[0]);
-	Py_XDECREF(ids[1]);
-	truth = done ? PyObject_IsTrue(done) : -1;
-	Py_XDECREF(done);
-	return truth;
 }
 
 int do_create(Shortcuts *self, struct call *call)
@@ -296,10 +343,10 @@ int do_read(Shortcuts *self, struct call *call)
 int do_release(Shortcuts *self, struct call *call)
 {
 	struct fuse_release_in in;
-	PyObject *file, *node, *extra, *handles, *handle, *done;
+	PyObject *file, *node, *extra, *handles, *handle;
 	Py_ssize_t i, at = -1;
 	struct stat st;
-	int fd;
+	int fd, rc = 0;
 
 	if (call->length < (Py_ssize_t)sizeof in)
 		return LEAVE;
@@ -328,10 +375,9 @@ int do_release(Shortcuts *self, struct call *call)
 		if (now)
 			set_slot(extra, shape.opened, now);
 	}
-	done = self->backing == Py_None ? Py_NewRef(Py_None) :
-					  PyObject_CallOneArg(self->release_backing, handle);
-	Py_XDECREF(done);
-	if (!done || PyList_SetSlice(handles, at, at + 1, NULL) < 0 || PyDict_DelItem(self->files, handle) < 0) {
+	if (SLOT(file, shape.file_io) == self->io_passthrough && self->backing != Py_None)
+		rc = release_backing(self, node, handle);
+	if (rc < 0 || PyList_SetSlice(handles, at, at + 1, NULL) < 0 || PyDict_DelItem(self->files, handle) < 0) {
 		Py_DECREF(handle);
 		return FAILED;
 	}

@@ -64,8 +64,7 @@ static PyObject *serve(Shortcuts *self, uint32_t opcode, shortcut shortcut, int 
 			PyErr_SetString(PyExc_RuntimeError, "a shortcut failed");
 		return NULL;
 	}
-	errno = rc;
-	return PyErr_SetFromErrno(PyExc_OSError);
+	return PyLong_FromLong(rc); /* an errno: to raise it would take longer than all else here */
 }
 
 #define METHOD(name, opcode, locked)                                                                \
@@ -225,14 +224,21 @@ static int find_objects(Shortcuts *self)
 	self->keep_list = attribute(filesystem, "_keep_list", NULL);
 	self->lists = attribute(filesystem, "_lists", NULL);
 	self->lookers = attribute(filesystem, "lookers", "table");
-	self->settle = imported("sdeefs.core.credentials", "settle", NULL);
-	self->become = imported("sdeefs.core.credentials", "become", NULL);
+	self->credentials = PyImport_ImportModule("sdeefs.core.credentials");
+	if (self->credentials) {
+		self->settle = attribute(self->credentials, "settle", NULL);
+		self->become = attribute(self->credentials, "become", NULL);
+	}
 	self->pack_entry = imported("sdeefs.transports.wire", "pack_entry", NULL);
 	self->io_passthrough = imported("sdeefs.core.api", "Io", "PASSTHROUGH");
 	self->io_cached = imported("sdeefs.core.api", "Io", "CACHED");
 	if (self->backing != Py_None) {
 		self->acquire_backing = attribute(self->backing, "acquire", NULL);
 		self->release_backing = attribute(self->backing, "release", NULL);
+		if (self->device >= 0) {
+			self->uses = attribute(self->backing, "uses", NULL);
+			self->node_of = attribute(self->backing, "node_of", NULL);
+		}
 	}
 	return PyErr_Occurred() || !PyDict_Check(self->nodes) || !PyDict_Check(self->files) ||
 			       !PyDict_Check(self->lists) || !PyList_Check(self->lookers) ? -1 : 0;
@@ -244,7 +250,7 @@ static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
 				 "upper_owners", "lower_owners", "unmapped", "secrets", "upper_timeout",
 				 "writable", "index_on", "writeback", "passthrough", "setxattr_ext", "volatile",
 				 "work_fd", "own_prefix", "max_directories", "watched_events",
-				 "read_later", NULL };
+				 "read_later", "device", NULL };
 	PyObject *layers, *upper_owners, *lower_owners, *secrets;
 	unsigned long long watched_events;
 	const char *prefix;
@@ -256,12 +262,12 @@ static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
 	if (learn_shape() < 0)
 		return -1;
 	if (!PyArg_ParseTupleAndKeywords(
-		    args, kwargs, "OO!OIO!OOlOdppppppiylKO", names, &self->filesystem, &PyList_Type, &self->handlers,
+		    args, kwargs, "OO!OIO!OOlOdppppppiylKOi", names, &self->filesystem, &PyList_Type, &self->handlers,
 		    &self->backing, &self->open_base, &PyList_Type, &layers, &upper_owners, &lower_owners,
 		    &self->unmapped, &secrets, &self->upper_timeout, &self->writable, &self->index_on,
 		    &self->writeback, &self->passthrough, &self->setxattr_ext, &self->is_volatile, &self->work_fd,
 		    &prefix, &self->max_directories, &watched_events,
-		    &self->read_later)) {
+		    &self->read_later, &self->device)) {
 		self->filesystem = self->handlers = self->backing = self->read_later = NULL;
 		return -1;
 	}
@@ -294,6 +300,9 @@ static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
 	do(self->backing);                                                                        \
 	do(self->acquire_backing);                                                                \
 	do(self->release_backing);                                                                \
+	do(self->uses);                                                                           \
+	do(self->node_of);                                                                        \
+	do(self->credentials);                                                                    \
 	do(self->read_later);                                                                     \
 	do(self->settle);                                                                         \
 	do(self->become);                                                                         \

@@ -6,7 +6,7 @@
 
 struct shape shape;
 PyObject *str_next, *str_next_handle, *str_lower_timeout, *str_xwhiteouts, *str_spare, *str_index_inodes;
-PyObject *str_watch, *str_open_directories, *str_group_with_room, *str_marked, *zero;
+PyObject *str_watch, *str_open_directories, *str_group_with_room, *str_marked, *str_generation, *zero;
 static PyObject *one, *minus_one, *kinds[16], *small[64];
 
 static int offset(PyTypeObject *type, const char *name, Py_ssize_t *at)
@@ -110,10 +110,11 @@ int learn_shape(void)
 	str_open_directories = PyUnicode_InternFromString("open_directories");
 	str_group_with_room = PyUnicode_InternFromString("group_with_room");
 	str_marked = PyUnicode_InternFromString("marked");
+	str_generation = PyUnicode_InternFromString("generation");
 	one = PyLong_FromLong(1);
 	minus_one = PyLong_FromLong(-1);
 	if (!str_next || !str_next_handle || !str_lower_timeout || !str_xwhiteouts || !str_spare ||
-	    !str_index_inodes || !str_watch || !str_open_directories || !str_group_with_room || !str_marked || !one || !minus_one)
+	    !str_index_inodes || !str_watch || !str_open_directories || !str_group_with_room || !str_marked || !str_generation || !one || !minus_one)
 		return -1;
 	zero = PyLong_FromLong(0);
 	return zero ? 0 : -1;

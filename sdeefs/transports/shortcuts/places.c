@@ -232,15 +232,67 @@ int may_be_secret(Shortcuts *self, long layer, const struct stat *st, int fd, co
 	return lgetxattr(path, "system.posix_acl_access", NULL, 0) >= 0;
 }
 
-/* The calling thread writes to upper with the capabilities that it should have (core/credentials.py). */
+/* What the calling thread is, as core/credentials.py has made it; good for one generation. */
+static _Thread_local struct {
+	long generation;
+	int known; /* the ids, too */
+	uint32_t uid, gid;
+} thread = { .generation = -1 };
+
+static long generation(Shortcuts *self)
+{
+	PyObject *value = PyObject_GetAttr(self->credentials, str_generation);
+	long number = value ? PyLong_AsLong(value) : -1;
+
+	Py_XDECREF(value);
+	return number;
+}
+
+/* The calling thread writes to upper with the capabilities that it should have. */
 int settled(Shortcuts *self)
 {
-	PyObject *done = PyObject_CallNoArgs(self->settle);
+	long current = generation(self);
+	PyObject *done;
 
+	if (current == -1)
+		return FAILED;
+	if (current == thread.generation)
+		return ANSWERED;
+	done = PyObject_CallNoArgs(self->settle);
 	if (!done)
 		return FAILED;
 	Py_DECREF(done);
+	thread.generation = current;
+	thread.known = 0;
 	return ANSWERED;
+}
+
+/* Whether the thread creates files as these ids from now on; -1 with an exception. */
+int becomes(Shortcuts *self, uint32_t uid, uint32_t gid)
+{
+	PyObject *ids[2], *done = NULL;
+	long current = generation(self);
+	int truth;
+
+	if (current == -1)
+		return -1;
+	if (current == thread.generation && thread.known && thread.uid == uid && thread.gid == gid)
+		return 1;
+	ids[0] = PyLong_FromUnsignedLong(uid);
+	ids[1] = PyLong_FromUnsignedLong(gid);
+	if (ids[0] && ids[1])
+		done = PyObject_Vectorcall(self->become, ids, 2, NULL);
+	Py_XDECREF(ids[0]);
+	Py_XDECREF(ids[1]);
+	truth = done ? PyObject_IsTrue(done) : -1;
+	Py_XDECREF(done);
+	if (truth == 1) {
+		thread.generation = generation(self);
+		thread.known = 1;
+		thread.uid = uid;
+		thread.gid = gid;
+	}
+	return truth;
 }
 
 /* A file of upper that says nothing of lower or of the index: it has no xattrs at all. */

@@ -73,7 +73,9 @@ typedef struct {
 	PyObject *handlers; /* Python's, by opcode */
 	PyObject *backing;  /* BackingIds, or None */
 	PyObject *acquire_backing, *release_backing;
+	PyObject *uses, *node_of; /* its tables; NULL: leave all of it to it */
 	PyObject *read_later; /* the rest of a READ that has to wait for a disk */
+	PyObject *credentials; /* the module */
 	PyObject *settle, *become, *pack_entry, *lookup, *entries, *inode_number, *keep_list, *remember, *trim;
 	PyObject *lists; /* core/listing.py: those that are being read, by node */
 	PyObject *lookers; /* core/lookers.py: its table */
@@ -88,6 +90,7 @@ typedef struct {
 	uint32_t open_base; /* flags of every OPEN reply */
 	int writable, index_on, writeback, passthrough, setxattr_ext, is_volatile;
 	int work_fd;
+	int device; /* of the connection, for notifications; -1: none */
 	char own_prefix[32]; /* of xattrs that merged doesn't show as they are */
 	int *dropped; /* descriptors to close */
 	Py_ssize_t dropped_count, dropped_room;
@@ -140,7 +143,7 @@ PyObject *next_number(PyObject *owner, PyObject *attribute); /* and count it up 
 void close_later(Shortcuts *self, int fd); /* once the lock is given up */
 void close_dropped(Shortcuts *self);
 extern PyObject *str_next, *str_next_handle, *str_lower_timeout, *str_xwhiteouts, *str_spare, *str_index_inodes;
-extern PyObject *str_watch, *str_open_directories, *str_group_with_room, *str_marked, *zero;
+extern PyObject *str_watch, *str_open_directories, *str_group_with_room, *str_marked, *str_generation, *zero;
 
 /* places.c: where an object is, and what stat tells of it */
 struct place {
@@ -160,6 +163,7 @@ int timeout_of(Shortcuts *self, long layer, uint64_t *seconds, uint32_t *nanosec
 int may_be_secret(Shortcuts *self, long layer, const struct stat *st, int fd, const char *name);
 void xattr_path(char *path, size_t size, const struct place *place);
 int settled(Shortcuts *self);
+int becomes(Shortcuts *self, uint32_t uid, uint32_t gid);
 int is_plain_upper(PyObject *parent, PyObject *name, int fd, const struct stat *st);
 
 /* names.c */

@@ -97,6 +97,23 @@ struct fuse_batch_forget_in {
 struct fuse_copy_file_range_in {
 	uint64_t fh_in, off_in, nodeid_out, fh_out, off_out, len, flags;
 };
+struct fuse_backing_map {
+	int32_t fd;
+	uint32_t flags;
+	uint64_t padding;
+};
+#define FUSE_DEV_IOC_BACKING_OPEN _IOW(229, 1, struct fuse_backing_map)
+#define FUSE_DEV_IOC_BACKING_CLOSE _IOW(229, 2, uint32_t)
+struct fuse_out_header {
+	uint32_t len;
+	int32_t error; /* 0 or a negative errno; of a notification its kind */
+	uint64_t unique;
+};
+#define FUSE_NOTIFY_STORE 4
+struct fuse_notify_store_out {
+	uint64_t nodeid, offset;
+	uint32_t size, padding;
+};
 struct fuse_dirent {
 	uint64_t ino, off;
 	uint32_t namelen, type;
