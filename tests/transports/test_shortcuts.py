@@ -445,6 +445,30 @@ def test_an_inode_number_that_is_used_again_is_another_object() -> None:
             assert side.ask(Opcode.OPEN, number, wire.OPEN_IN.pack(0, 0))[0] == errno.ESTALE
 
 
+@pytest.mark.parametrize("opcode", [Opcode.FORGET, Opcode.BATCH_FORGET])
+def test_what_was_removed_is_closed_without_the_lock(
+    opcode: Opcode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last descriptor of a removed directory frees its blocks, for which nobody should wait."""
+    locked = []
+    close = os.close
+    with sides("plain") as (_, c):
+        made = c.ask(Opcode.MKDIR, 1, wire.MKDIR_IN.pack(0o755, 0) + b"new\0")[1]
+        node = struct.unpack_from("=Q", made)[0]
+        assert c.ask(Opcode.RMDIR, 1, b"new\0")[0] == 0
+
+        def note(fd: int) -> None:
+            locked.append(c.filesystem.lock._is_owned())  # type: ignore[attr-defined]
+            close(fd)
+
+        one = wire.FORGET_ONE.pack(node, 1)
+        body = wire.BATCH_FORGET_IN.pack(1, 0) + one if opcode == Opcode.BATCH_FORGET else one[8:]
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "close", note)
+            c.table[opcode](node, body, 0, 0, 1)
+    assert locked == [False]
+
+
 @pytest.fixture
 def disk() -> Iterator[Path]:
     """A directory on the machine's own file system."""

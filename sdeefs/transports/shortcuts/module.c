@@ -57,6 +57,15 @@ static PyObject *serve(Shortcuts *self, uint32_t opcode, shortcut shortcut, int 
 	}
 	if (rc == ANSWERED)
 		return call.bytes ? call.bytes : PyBytes_FromStringAndSize(call.out, (Py_ssize_t)call.size);
+	if (rc == LEAVE && call.bytes) {
+		PyObject *others[5], *reply;
+
+		memcpy(others, arguments, sizeof others);
+		others[1] = call.bytes;
+		reply = leave(self, opcode, others, count);
+		Py_DECREF(call.bytes);
+		return reply;
+	}
 	if (rc == LEAVE)
 		return leave(self, opcode, arguments, count);
 	if (rc == FAILED) {

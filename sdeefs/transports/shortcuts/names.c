@@ -242,13 +242,13 @@ int do_forget(Shortcuts *self, struct call *call)
 	return forget(self, call->node, lookups) ? ANSWERED : LEAVE;
 }
 
-/* Those that are Python's it gets as one such request. */
+/* Those that are Python's it gets as one such request, once the lock is given up: they close descriptors. */
 int do_batch_forget(Shortcuts *self, struct call *call)
 {
 	const struct fuse_forget_one *ones =
 		(const struct fuse_forget_one *)(call->body + sizeof(struct fuse_batch_forget_in));
 	struct fuse_batch_forget_in in;
-	PyObject *rest, *body, *done, *arguments[5];
+	PyObject *rest;
 	struct fuse_forget_one *left;
 	uint32_t i, count = 0;
 
@@ -272,21 +272,14 @@ int do_batch_forget(Shortcuts *self, struct call *call)
 		Py_DECREF(rest);
 		return ANSWERED;
 	}
-	body = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(sizeof in + count * sizeof *left));
-	if (body) {
+	call->bytes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(sizeof in + count * sizeof *left));
+	if (call->bytes) {
 		in.count = count;
-		memcpy(PyBytes_AS_STRING(body), &in, sizeof in);
-		memcpy(PyBytes_AS_STRING(body) + sizeof in, left, count * sizeof *left);
+		memcpy(PyBytes_AS_STRING(call->bytes), &in, sizeof in);
+		memcpy(PyBytes_AS_STRING(call->bytes) + sizeof in, left, count * sizeof *left);
 	}
 	Py_DECREF(rest);
-	if (!body)
-		return FAILED;
-	memcpy(arguments, call->arguments, sizeof arguments);
-	arguments[1] = body;
-	done = PyObject_Vectorcall(PyList_GET_ITEM(self->handlers, FUSE_BATCH_FORGET), arguments, 5, NULL);
-	Py_DECREF(body);
-	Py_XDECREF(done);
-	return done ? ANSWERED : FAILED;
+	return call->bytes ? LEAVE : FAILED;
 }
 
 /* Whether a lower has this name, below what upper says. */

@@ -97,7 +97,8 @@ typedef struct {
 	uint64_t left[OPCODES]; /* requests that were Python's, by opcode */
 } Shortcuts;
 
-/* One request, and its answer: `out` and `size`, or `bytes`. */
+/* One request, and its answer: `out` and `size`, or `bytes`; of one that is left `bytes` is the body, if part
+ * of it is done. */
 struct call {
 	uint64_t node;
 	const char *body;
