@@ -115,7 +115,8 @@ def check(contender: Contender) -> None:
             raise Missing(f"{contender.command[0]} isn't version {contender.needs}")
 
 
-def _unmount(merged: Path) -> None:
+def unmount(merged: Path) -> None:
+    """Unmount it, lazily where it stays busy for ten seconds."""
     for attempt in range(100):
         if mount_at(os.fsencode(merged)) is None:
             return
@@ -165,14 +166,14 @@ def mounted(
             written_back(place)
         yield layers
     finally:
-        _unmount(layers.merged)
+        unmount(layers.merged)
         shutil.rmtree(place, ignore_errors=True)
 
 
 def remount(contender: Contender, layers: Layers) -> None:
     """Mount the same layers anew, so that nothing of merged is cached."""
     if contender.command:
-        _unmount(layers.merged)
+        unmount(layers.merged)
         _mount(contender, layers)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from perf import calls, fio, metadata, server, trees
+from perf import calls, fio, floor, metadata, server, trees
 from perf.filesystems import contenders
 from perf.places import spread
 from perf.runner import Block
@@ -50,4 +50,4 @@ def blocks(scratch: Path, quick: bool, only: str | None = None) -> list[Block]:
         todo += metadata.blocks(one, lower, scratch, tar)
         todo += calls.blocks(one, lower, scratch, count)
         todo += server.blocks(one, lower, scratch, idle)
-    return todo
+    return todo + floor.blocks(everyone, lower, scratch, tar)

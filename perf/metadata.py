@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from perf.figures import SECONDS
-from perf.filesystems import Contender, mounted, remount
+from perf.filesystems import Contender, Layers, mounted, remount
 from perf.runner import Block
 from perf.timing import seconds_of
 
@@ -28,27 +28,42 @@ LINES = (
 )
 
 
-def _timed(*words: str | Path, cwd: Path | None = None) -> float:
-    return seconds_of([str(w) for w in words], timeout=900, cwd=cwd or "/")
+class Observer:
+    """Told before and after each line; this one does nothing."""
+
+    def start(self, layers: Layers) -> None:
+        """A line is about to run."""
+
+    def end(self, layers: Layers, line: str) -> None:
+        """It ran."""
 
 
-def _tree(contender: Contender, lower: Path, scratch: Path, tar: Path) -> dict[str, float]:
+def tree(
+    contender: Contender, lower: Path, scratch: Path, tar: Path, observer: Observer | None = None
+) -> dict[str, float]:
+    """Seconds of each line; see `blocks`. Raises Missing."""
+    observer = observer or Observer()
     figures: dict[str, float] = {}
     with mounted(contender, lower, scratch) as layers:
         merged = layers.merged
 
+        def timed(line: str, *words: str | Path, cwd: Path | None = None) -> None:
+            observer.start(layers)
+            figures[line] = seconds_of([str(w) for w in words], timeout=900, cwd=cwd or "/")
+            observer.end(layers, line)
+
         def cold(line: str, *words: str | Path, cwd: Path | None = None) -> None:
             remount(contender, layers)
-            figures[f"{line}, cold"] = _timed(*words, cwd=cwd)
+            timed(f"{line}, cold", *words, cwd=cwd)
 
         def cold_and_warm(line: str, *words: str | Path, cwd: Path | None = None) -> None:
             cold(line, *words, cwd=cwd)
-            figures[f"{line}, warm"] = _timed(*words, cwd=cwd)
+            timed(f"{line}, warm", *words, cwd=cwd)
 
-        tree, git, again, copied = (merged / n for n in ("tree", "git", "again", "copied"))
-        cold_and_warm("find", "find", tree)
-        cold_and_warm("find -size", "find", tree, "-size", "+1M")
-        cold_and_warm("tar c", "sh", "-c", f"tar -C {tree} -cf - . | cat")
+        files, git, again, copied = (merged / n for n in ("tree", "git", "again", "copied"))
+        cold_and_warm("find", "find", files)
+        cold_and_warm("find -size", "find", files, "-size", "+1M")
+        cold_and_warm("tar c", "sh", "-c", f"tar -C {files} -cf - . | cat")
         status = ("git", "-c", "safe.directory=*", "status", "--short")
         cold_and_warm("git status", *status, cwd=git)
         cold("python import", sys.executable, "-I", "-S", merged / "import.py")
@@ -56,16 +71,16 @@ def _tree(contender: Contender, lower: Path, scratch: Path, tar: Path) -> dict[s
         # What removes comes last: see places.spread().
         steps: list[tuple[str, list[str | Path]]] = [
             ("tar x", ["tar", "-C", again, "-xf", tar]),
-            ("cp -a lower to upper", ["cp", "-a", tree, copied]),
+            ("cp -a lower to upper", ["cp", "-a", files, copied]),
             ("rm -r upper", ["rm", "-r", again]),
-            ("rm -r lower", ["rm", "-r", tree]),
+            ("rm -r lower", ["rm", "-r", files]),
         ]
         for line, words in steps:
-            figures[line] = _timed(*words)
+            timed(line, *words)
     return figures
 
 
 def blocks(one: Contender, lower: Path, scratch: Path, tar: Path) -> list[Block]:
     """A contender's blocks; `lower` holds tree, git and import.py, `tar` is an archive of the tree."""
-    run = partial(_tree, one, lower, scratch, tar)
+    run = partial(tree, one, lower, scratch, tar)
     return [Block(one.name, dict.fromkeys(LINES, SECONDS), run)]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from perf.figures import Missing
 
+_LIBRARIES = {"bare": ["-luring", "-lpthread"]}
+
 
 def compiled(source: str, place: Path, *, mpi: bool = False) -> Path:
     """The program made of `perf/SOURCE.c`. Raises Missing without a compiler."""
@@ -20,7 +22,15 @@ def compiled(source: str, place: Path, *, mpi: bool = False) -> Path:
         flags = ["-DUSE_MPI"] if mpi else []
         path = Path(__file__).with_name(f"{source}.c")
         subprocess.run(
-            [compiler, "-O2", *flags, "-o", str(target), str(path), "-lm"],
+            [
+                compiler,
+                "-O2",
+                *flags,
+                "-o",
+                str(target),
+                str(path),
+                *_LIBRARIES.get(source, ["-lm"]),
+            ],
             check=True,
             capture_output=True,
         )

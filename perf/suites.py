@@ -60,7 +60,11 @@ _ALL = (
         " file”: still in lower. Calls are given as the mean over all calls, and as the median"
         " call. The server's CPU time is its own utime and stime, of all of its threads, for each"
         " request: GETATTR alone (statx with AT_STATX_FORCE_SYNC), and for each file created and"
-        " closed (CREATE, with the LOOKUP before and the FLUSH and RELEASE after it).",
+        " closed (CREATE, with the LOOKUP before and the FLUSH and RELEASE after it). “floor,"
+        " computed” is no file system: on the lines of trees it is the plain one's time plus, for"
+        " each request of sdeefs that somebody waits for, the way to the barest server in C and back"
+        " (`perf/bare.c`, over rings, from memory), all measured in the same round; no FUSE server"
+        " that is sent these requests can be faster.",
     ),
     Suite(
         "startup",

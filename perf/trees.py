@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 from pathlib import Path
+
+#: Seconds since 1970.
+_LONG_AGO = 1_750_000_000
 
 
 def _made(path: Path) -> bool:
@@ -40,10 +44,15 @@ def archive(path: Path, source: Path) -> Path:
 
 
 def repository(path: Path, source: Path) -> Path:
-    """A git repository whose work tree is a copy of `source`."""
+    """A git repository whose work tree is a copy of `source`, last changed long before its index.
+
+    (git reads all files again that changed in the index's own second: gitformat-index(5), racy-git.)
+    """
     if _made(path):
         return path
     subprocess.run(["cp", "-a", str(source), str(path)], check=True)
+    for file in path.rglob("*"):
+        os.utime(file, (_LONG_AGO, _LONG_AGO))
     git = ["git", "-C", str(path), "-c", "user.name=perf", "-c", "user.email=perf@localhost"]
     for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
         subprocess.run([*git, *words], check=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from perf import calls, filesystems, fio, fs, metadata, server, trees
+from perf import calls, filesystems, fio, floor, fs, metadata, server, trees
 from perf.figures import Missing
 from perf.filesystems import Contender, contenders, mounted
 
@@ -67,6 +67,31 @@ def test_trees(lower: Path, scratch: Path) -> None:
     found = block.run()
     assert set(found) == set(block.lines)
     assert all(value > 0 for value in found.values())
+
+
+def test_the_floor_is_what_the_plain_one_takes_and_the_way_of_each_request(
+    lower: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "GETATTRS", 500)
+    everyone = [BY_NAME["plain"], BY_NAME["sdeefs ring"]]
+    (block,) = floor.blocks(everyone, lower, scratch, scratch / "tree.tar")
+    found = block.run()
+    assert set(found) == set(block.lines)
+    assert 0 < found[server.TRIP_LINE] < 10_000
+    # 60 files, in each of which LOOKUP, CREATE and three SETATTR are somebody's to wait for.
+    assert 60 * 5 < found[floor.requests_line("tar x")] < 60 * 20
+    for line in floor.LINES:
+        trips = found[floor.requests_line(line)] * found[server.TRIP_LINE] / 1e6
+        assert found[line] > trips
+    assert "rm -r lower" not in found
+
+
+def test_git_reads_no_file_again_that_its_index_knows(lower: Path) -> None:
+    """As it does with those that are as young as the index itself."""
+    index = (lower / "git/.git/index").stat().st_mtime
+    files = list((lower / "git").rglob("*.txt"))
+    assert len(files) == 30
+    assert all(file.stat().st_mtime < index - 10 for file in files)
 
 
 def test_fio(lower: Path, scratch: Path) -> None:
