@@ -46,7 +46,7 @@ setup(
         Extension(
             "sdeefs.transports._device",
             ["sdeefs/transports/_device.c"],
-            depends=[SHARED, "sdeefs/transports/_following.h"],
+            depends=[SHARED, "sdeefs/transports/_following.h", "sdeefs/transports/_forgetting.h"],
             extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra"],
             optional=True,
         ),

@@ -7,6 +7,7 @@
 #include "_serving.h"
 
 #include "_following.h"
+#include "_forgetting.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -26,9 +27,11 @@ typedef struct {
 	PyObject_HEAD
 	size_t size;
 	struct readers readers;
+	struct forgets forgets;
 	atomic_bool serving; /* somebody has the interpreter's lock */
 	PyObject *handlers, *later, *fault;
 	uint64_t counts[OPCODES];
+	atomic_ullong forgotten[2]; /* counts of FORGET and BATCH_FORGET that were kept for later */
 } Device;
 
 /* What is to be written once the interpreter's lock is given up. */
@@ -140,7 +143,13 @@ static PyObject *Device_run(Device *self, PyObject *argument)
 	while (!number) {
 		ssize_t length = read(fd, buffer, self->size);
 
-		if (length >= (ssize_t)HEADER) {
+		if (length >= (ssize_t)HEADER &&
+		    forgets_take(&self->forgets, (const struct in_header *)buffer, buffer + HEADER,
+				 (size_t)length - HEADER)) {
+			bool one = ((const struct in_header *)buffer)->opcode == FORGET;
+
+			atomic_fetch_add_explicit(&self->forgotten[!one], 1, memory_order_relaxed);
+		} else if (length >= (ssize_t)HEADER) {
 			const struct in_header *in = (const struct in_header *)buffer;
 			int refused = 0;
 			bool moves;
@@ -182,7 +191,40 @@ PyDoc_STRVAR(counts_doc, "counts() -> list[int]\n\nRequests served, by opcode.")
 
 static PyObject *Device_counts(Device *self, PyObject *Py_UNUSED(ignored))
 {
-	return counts_list(self->counts);
+	uint64_t counts[OPCODES];
+
+	memcpy(counts, self->counts, sizeof counts);
+	counts[FORGET] += self->forgotten[0];
+	counts[BATCH_FORGET] += self->forgotten[1];
+	return counts_list(counts);
+}
+
+PyDoc_STRVAR(keep_forgets_doc,
+"keep_forgets(wanted)\n\n"
+"Whether what is to be forgotten is kept for wait_for_forgets(), whose waiting this ends if it isn't.");
+
+static PyObject *Device_keep_forgets(Device *self, PyObject *wanted)
+{
+	int truth = PyObject_IsTrue(wanted);
+
+	if (truth < 0)
+		return NULL;
+	forgets_want(&self->forgets, truth);
+	Py_RETURN_NONE;
+}
+
+PyDoc_STRVAR(wait_for_forgets_doc,
+"wait_for_forgets(pause) -> bytes | None\n\n"
+"Wait until there are some and `pause` seconds (less than one) more; returns the body of a BATCH_FORGET,\n"
+"None once they aren't kept.");
+
+static PyObject *Device_wait_for_forgets(Device *self, PyObject *pause)
+{
+	double seconds = PyFloat_AsDouble(pause);
+
+	if (seconds == -1.0 && PyErr_Occurred())
+		return NULL;
+	return forgets_wait(&self->forgets, (long)(seconds * 1e9));
 }
 
 static int Device_init(Device *self, PyObject *args, PyObject *kwargs)
@@ -200,6 +242,7 @@ static int Device_init(Device *self, PyObject *args, PyObject *kwargs)
 		return -1;
 	self->size = (size_t)size;
 	readers_begin(&self->readers);
+	forgets_begin(&self->forgets);
 	self->handlers = Py_NewRef(handlers);
 	self->later = Py_NewRef(later);
 	self->fault = Py_NewRef(fault);
@@ -225,6 +268,8 @@ static int Device_clear(Device *self)
 static void Device_dealloc(Device *self)
 {
 	PyObject_GC_UnTrack(self);
+	if (self->handlers)
+		forgets_end(&self->forgets);
 	Device_clear(self);
 	Py_TYPE(self)->tp_free((PyObject *)self);
 }
@@ -232,6 +277,8 @@ static void Device_dealloc(Device *self)
 static PyMethodDef Device_methods[] = {
 	{ "run", (PyCFunction)Device_run, METH_O, run_doc },
 	{ "counts", (PyCFunction)Device_counts, METH_NOARGS, counts_doc },
+	{ "keep_forgets", (PyCFunction)Device_keep_forgets, METH_O, keep_forgets_doc },
+	{ "wait_for_forgets", (PyCFunction)Device_wait_for_forgets, METH_O, wait_for_forgets_doc },
 	{ NULL },
 };
 

@@ -65,7 +65,7 @@ class DeviceTransport(Connection):
         self._finished = threading.Event()
         self._serving = 0
         self._loop: Device | None = None
-        self._forgetter = Forgetter(self._scheduling)
+        self._forgetter: Forgetter | None = None
 
     def run(self) -> None:
         """Serve until the mount is gone or `stop()`."""
@@ -75,16 +75,20 @@ class DeviceTransport(Connection):
             for _ in range(1, max(1, self._options.threads)):
                 self._descriptors.append(clone_device(self._fd))
             self._serving = len(self._descriptors)
-            self._forgetter.take_over(self._handlers)
             if Device is not None and self._options.shortcuts:
                 self._loop = self._loop_in_c()
+                self._forgetter = Forgetter(
+                    self._loop, self._handlers[wire.Opcode.BATCH_FORGET], self._scheduling
+                )
+                self._forgetter.start()
             for i, fd in enumerate(self._descriptors):
                 threading.Thread(
                     target=self._serve_one, args=(fd,), name=f"device-{i}", daemon=True
                 ).start()
             self._finished.wait()
         finally:
-            self._forgetter.end()
+            if self._forgetter is not None:
+                self._forgetter.end()
             self._wind_up()
 
     def stop(self) -> None:

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from sdeefs.transports import wire
-from sdeefs.transports.forgetting import Forgetter
-from tests.transports.server_lab import DEADLINE, Server, mirror, wait_for
+from tests.transports.server_lab import Server, mirror, wait_for
 
 CPUS = sorted(os.sched_getaffinity(0))
 #: Requests after which a lone caller has been followed.
@@ -93,23 +90,3 @@ def test_other_threads_are_not_bound(server: Server, root: Path) -> None:
         (root / f"made{turn}").unlink()
     ends(ask_from(CPUS[1], root, "second"))
     assert sorted(bound_to(server)) == [CPUS[1]] * 2
-
-
-def test_the_forgetter_calls_in_order_and_drops_the_rest_at_the_end() -> None:
-    seen: list[int] = []
-
-    def handler(node: int, body: object, uid: int, gid: int, pid: int) -> None:
-        seen.append(node)
-        if node == 2:
-            raise OSError(5, "no reason to end")
-
-    forgetter, handlers = Forgetter(), [handler] * wire.OPCODES
-    forgetter.take_over(handlers)
-    take = handlers[wire.Opcode.FORGET]
-    for node in range(5):
-        assert take(node, b"", 0, 0, 0) is None
-    wait_for(lambda: seen == [0, 1, 2, 3, 4], "all of them")
-    forgetter.end(DEADLINE)
-    assert "forgetter" not in {thread.name for thread in threading.enumerate()}
-    take(7, b"", 0, 0, 0)  # nobody takes over any more
-    assert seen[-1] == 7
