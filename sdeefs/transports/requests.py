@@ -44,7 +44,7 @@ class Deferred:
 
 
 Body = bytes
-#: An int is an errno, as OSError is: what is common (no such xattr) needn't be raised in C.
+#: An int is an errno, as OSError is: what is common (no such xattr, no such ioctl) needn't be raised.
 Reply = bytes | int | Deferred | None
 Handler = Callable[[int, Body, int, int, int], Reply]
 
@@ -52,7 +52,7 @@ _PAIR = wire.GETXATTR_IN
 
 
 def not_implemented(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
-    raise OSError(errno.ENOSYS, "not implemented")
+    return errno.ENOSYS
 
 
 class Features:
@@ -386,7 +386,7 @@ def _directories(operations: Operations, features: Features) -> Part:
     def opendir(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
         if features.no_opendir and may_spare():
             # After this Linux opens directories by itself, as if we had answered `cached`.
-            raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+            return errno.ENOSYS
         return wire.OPEN_OUT.pack(0, cached if may_cache(node) else 0, 0)
 
     def readdir(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:

@@ -247,9 +247,8 @@ def test_noflush_where_the_core_is_not_asked() -> None:
     table = Table(flush=False)
     reply = table.ask(Opcode.OPEN, struct.pack("=II", 0, 0), Opened(6, Io.CACHED, -1, False))
     assert wire.OPEN_OUT.unpack(reply)[1] == wire.FOPEN_NOFLUSH
-    with pytest.raises(OSError) as caught:
-        table.table[Opcode.FLUSH](9, struct.pack("=QIIQ", 6, 0, 0, 0), *CALLER)
-    assert caught.value.errno == errno.ENOSYS
+    flush = struct.pack("=QIIQ", 6, 0, 0, 0)
+    assert table.table[Opcode.FLUSH](9, flush, *CALLER) == errno.ENOSYS
 
 
 def test_read_and_write() -> None:
@@ -282,9 +281,8 @@ def test_readlink_lseek_statfs_copy() -> None:
 
 
 def test_seeking_holes_is_left_to_the_kernel_with_writeback() -> None:
-    with pytest.raises(OSError) as caught:
-        Table(writeback=True).table[Opcode.LSEEK](9, struct.pack("=QQII", 6, 0, 3, 0), *CALLER)
-    assert caught.value.errno == errno.ENOSYS
+    body = struct.pack("=QQII", 6, 0, 3, 0)
+    assert Table(writeback=True).table[Opcode.LSEEK](9, body, *CALLER) == errno.ENOSYS
 
 
 def entries() -> list[DirectoryEntry]:
@@ -306,9 +304,7 @@ def test_directories_are_opened_by_the_kernel_where_it_keeps_all_entries() -> No
         flags = wire.FOPEN_CACHE_DIR | wire.FOPEN_KEEP_CACHE
         assert table.table[Opcode.OPENDIR](9, body, *CALLER) == struct.pack("=QIi", 0, flags, 0)
     table.core.answers["spares_opendir"] = True
-    with pytest.raises(OSError) as caught:
-        table.table[Opcode.OPENDIR](9, body, *CALLER)
-    assert caught.value.errno == errno.ENOSYS
+    assert table.table[Opcode.OPENDIR](9, body, *CALLER) == errno.ENOSYS
     assert table.table[Opcode.RELEASEDIR](9, bytes(24), *CALLER) == b""
 
 
@@ -377,9 +373,7 @@ def test_control() -> None:
 
 @pytest.mark.parametrize("opcode", [0, 7, 19, Opcode.IOCTL, Opcode.POLL, Opcode.BMAP, 54, 63])
 def test_what_is_not_implemented(opcode: int) -> None:
-    with pytest.raises(OSError) as caught:
-        Table().table[opcode](9, b"", *CALLER)
-    assert caught.value.errno == errno.ENOSYS
+    assert Table().table[opcode](9, b"", *CALLER) == errno.ENOSYS
 
 
 def test_every_opcode_has_its_answer() -> None:
