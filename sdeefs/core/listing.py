@@ -32,9 +32,13 @@ _HIGHEST = (1 << 63) - 1
 def cookie(name: bytes) -> int:
     """The offset behind an entry (d_off), 3 or more: "." and ".." have 1 and 2.
 
-    A keyed hash of 63 bits, as ext4's and Lustre's: two names of one directory share one never.
+    A hash of 63 bits, as ext4's and Lustre's (here FNV-1a, draft-eastlake-fnv), that two names of one
+    directory will not share. Without a key: a directory is listed in the same order by every mount.
     """
-    return max(hash(name) & _HIGHEST, 3)
+    value = 0xCBF29CE484222325
+    for byte in name:
+        value = (value ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    return max(value & _HIGHEST, 3)
 
 
 def _cookie_of(entry: tuple[bytes, int, int]) -> int:
@@ -106,7 +110,12 @@ class Listing(CopyUp):
         )
 
     def _snapshot(self, directory: Directory) -> Snapshot:
-        """All entries of a directory of merged, "." and ".." first."""
+        """All entries of a directory of merged, "." and ".." first, then by their cookies."""
+        entries = self._contents(directory)
+        entries[2:] = sorted(entries[2:], key=_cookie_of)
+        return entries
+
+    def _contents(self, directory: Directory) -> Snapshot:
         parent = directory.parent or directory
         entries: Snapshot = [
             (b".", directory.shown, stat.S_IFDIR),
@@ -140,12 +149,11 @@ class Listing(CopyUp):
                     seen.add(name)
                 if not whiteout:
                     entries.append((name, ino, kind))
-        entries[2:] = sorted(entries[2:], key=_cookie_of)
         return entries
 
     def _is_empty(self, directory: Directory) -> bool:
         """Whether merged shows nothing in it."""
-        return len(self._snapshot(directory)) == 2
+        return len(self._contents(directory)) == 2
 
     def _inode_number(self, directory: Directory, name: bytes) -> int:
         """st_ino of an entry, without giving it a node; 0 where it is gone."""

@@ -129,7 +129,7 @@ class Renames(Removal):
     def _copy_up_tree(self, directory: Directory) -> None:
         """Where upper can't keep a redirect, all of a directory is copied up before it moves."""
         self._copy_up_directory(directory)
-        for name, _, _ in self._snapshot(directory)[2:]:
+        for name, _, _ in self._contents(directory)[2:]:
             node, _ = self._find_node(directory, name)
             if isinstance(node, Directory):
                 self._copy_up_tree(node)

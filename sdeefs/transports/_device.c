@@ -31,7 +31,6 @@ typedef struct {
 	atomic_bool serving; /* somebody has the interpreter's lock */
 	PyObject *handlers, *later, *fault;
 	uint64_t counts[OPCODES];
-	atomic_ullong forgotten[2]; /* counts of FORGET and BATCH_FORGET that were kept for later */
 } Device;
 
 /* What is to be written once the interpreter's lock is given up. */
@@ -143,17 +142,13 @@ static PyObject *Device_run(Device *self, PyObject *argument)
 	while (!number) {
 		ssize_t length = read(fd, buffer, self->size);
 
-		if (length >= (ssize_t)HEADER &&
-		    forgets_take(&self->forgets, (const struct in_header *)buffer, buffer + HEADER,
-				 (size_t)length - HEADER)) {
-			bool one = ((const struct in_header *)buffer)->opcode == FORGET;
-
-			atomic_fetch_add_explicit(&self->forgotten[!one], 1, memory_order_relaxed);
-		} else if (length >= (ssize_t)HEADER) {
+		if (length >= (ssize_t)HEADER) {
 			const struct in_header *in = (const struct in_header *)buffer;
 			int refused = 0;
 			bool moves;
 
+			if (forgets_take(&self->forgets, in, buffer + HEADER, (size_t)length - HEADER))
+				continue;
 			await_turn(self);
 			Py_BLOCK_THREADS
 			atomic_store_explicit(&self->serving, true, memory_order_relaxed);
@@ -194,8 +189,7 @@ static PyObject *Device_counts(Device *self, PyObject *Py_UNUSED(ignored))
 	uint64_t counts[OPCODES];
 
 	memcpy(counts, self->counts, sizeof counts);
-	counts[FORGET] += self->forgotten[0];
-	counts[BATCH_FORGET] += self->forgotten[1];
+	forgets_count(&self->forgets, counts);
 	return counts_list(counts);
 }
 

@@ -31,6 +31,7 @@ struct forgets {
 	pthread_cond_t some;
 	struct forget_one *list;
 	size_t done, count, room; /* from `done` on they wait */
+	uint64_t requests[2]; /* that were kept: FORGETs, BATCH_FORGETs */
 	bool wanted; /* somebody comes for them */
 };
 
@@ -87,10 +88,20 @@ static inline bool forgets_take(struct forgets *all, const struct in_header *in,
 	}
 	pthread_mutex_lock(&all->lock);
 	kept = keep_forgets(all, ones, batch.count);
+	all->requests[in->opcode == BATCH_FORGET] += kept;
 	if (kept && all->count == batch.count && !all->done)
 		pthread_cond_signal(&all->some);
 	pthread_mutex_unlock(&all->lock);
 	return kept;
+}
+
+/* Add what was kept to counts by opcode. */
+static inline void forgets_count(struct forgets *all, uint64_t *counts)
+{
+	pthread_mutex_lock(&all->lock);
+	counts[FORGET] += all->requests[0];
+	counts[BATCH_FORGET] += all->requests[1];
+	pthread_mutex_unlock(&all->lock);
 }
 
 /* Wait until there are some, and so many nanoseconds more; then the body of a BATCH_FORGET with those that

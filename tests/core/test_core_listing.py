@@ -7,6 +7,7 @@ import stat
 from itertools import islice
 
 from sdeefs.core.api import ROOT_NODE, DirectoryEntry
+from sdeefs.core.listing import cookie
 from tests.core.core_lab import Core
 
 
@@ -66,6 +67,13 @@ def test_offsets_outlive_the_list_that_they_are_of(core: Core) -> None:
     assert set(names(page(core, half))) == kept
     core.open()
     assert set(names(page(core, half))) == kept
+
+
+def test_every_mount_lists_in_the_same_order() -> None:
+    """Programs that take files as they come do the same on each node, and tomorrow."""
+    # Test vectors of draft-eastlake-fnv.
+    assert cookie(b"a") == 0xAF63DC4C8601EC8C & (1 << 63) - 1
+    assert cookie(b"foobar") == 0x85944171F73967E8 & (1 << 63) - 1
 
 
 def test_lists_of_readers_that_stay_away_are_dropped(core: Core) -> None:

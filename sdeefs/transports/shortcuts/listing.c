@@ -119,16 +119,47 @@ static int take(Shortcuts *self, PyObject *directory, PyObject **taken)
 /* core/listing.py's cookie(), by which lists are ordered. */
 uint64_t cookie(PyObject *entry)
 {
-	uint64_t low = (uint64_t)PyObject_Hash(PyTuple_GET_ITEM(entry, 0)) & INT64_MAX;
+	PyObject *name = PyTuple_GET_ITEM(entry, 0);
+	const unsigned char *at = (const unsigned char *)PyBytes_AS_STRING(name);
+	uint64_t value = 0xCBF29CE484222325;
+	Py_ssize_t left;
 
-	return low < 3 ? 3 : low;
+	for (left = PyBytes_GET_SIZE(name); left; left--)
+		value = (value ^ *at++) * 0x100000001B3;
+	value &= INT64_MAX;
+	return value < 3 ? 3 : value;
 }
+
+struct placed {
+	uint64_t cookie;
+	PyObject *entry;
+};
 
 static int by_cookie(const void *one, const void *other)
 {
-	uint64_t a = cookie(*(PyObject *const *)one), b = cookie(*(PyObject *const *)other);
+	uint64_t a = ((const struct placed *)one)->cookie, b = ((const struct placed *)other)->cookie;
 
 	return a < b ? -1 : a > b;
+}
+
+/* All but "." and "..", which stay in front. */
+static int sort(PyObject *list)
+{
+	PyObject **entries = ((PyListObject *)list)->ob_item + 2;
+	Py_ssize_t i, count = PyList_GET_SIZE(list) - 2;
+	struct placed *all = PyMem_Malloc(((size_t)count + 1) * sizeof *all);
+
+	if (!all) {
+		PyErr_NoMemory();
+		return FAILED;
+	}
+	for (i = 0; i < count; i++)
+		all[i] = (struct placed){ cookie(entries[i]), entries[i] };
+	qsort(all, (size_t)count, sizeof *all, by_cookie);
+	for (i = 0; i < count; i++)
+		entries[i] = all[i].entry;
+	PyMem_Free(all);
+	return ANSWERED;
 }
 
 /* The place in a list of what comes after an offset. */
@@ -161,9 +192,7 @@ PyObject *entries_of(Shortcuts *self, PyObject *directory, uint64_t offset)
 	}
 	switch (take(self, directory, &entries)) {
 	case ANSWERED:
-		qsort(((PyListObject *)entries)->ob_item + 2, (size_t)PyList_GET_SIZE(entries) - 2,
-		      sizeof(PyObject *), by_cookie);
-		kept = PyObject_CallFunctionObjArgs(self->keep_list, directory, entries, NULL);
+		kept = sort(entries) ? NULL : PyObject_CallFunctionObjArgs(self->keep_list, directory, entries, NULL);
 		if (!kept)
 			Py_CLEAR(entries);
 		Py_XDECREF(kept);
