@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from perf import machine
+from perf import comparisons, machine
 from perf.figures import MANY, Figure
 from perf.suites import SUITES
-from perf.tables import markdown, resolution
+from perf.tables import markdown, rendered, resolution
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,10 @@ def page(sections: Sequence[Section], facts: dict[str, str]) -> str:
             f"## {section.title}\n\n```sh\n{commands}```\n\n{told}\n\n"
             f"{markdown(section.figures, section.base)}"
         )
+        parts += [
+            f"### {title}\n\n{rendered(shown)}"
+            for title, shown in comparisons.tables(section.figures, section.base)
+        ]
     return "\n".join(parts)
 
 

@@ -79,14 +79,18 @@ def table(figures: Sequence[Figure], base: str) -> Table:
 def markdown(figures: Sequence[Figure], base: str) -> str:
     """The table in Markdown. A contender that is missing everywhere is named below it, once."""
     absent = absentees(figures)
-    shown = table([f for f in figures if f.contender not in absent], base)
+    text = rendered(table([f for f in figures if f.contender not in absent], base))
+    names = "".join(f"- {name}: missing, {why}\n" for name, why in absent.items())
+    return text + ("\n" + names if names else "")
+
+
+def rendered(shown: Table) -> str:
+    """A table in Markdown."""
     rows = [("", shown.contenders), ("---", ("---",) * len(shown.contenders)), *shown.rows]
-    text = "".join(
+    return "".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in (line, *cells)) + " |\n"
         for line, cells in rows
     )
-    names = "".join(f"- {name}: missing, {why}\n" for name, why in absent.items())
-    return text + ("\n" + names if names else "")
 
 
 def absentees(figures: Sequence[Figure]) -> dict[str, str]:

@@ -6,9 +6,10 @@ import html
 import re
 from collections.abc import Sequence
 
+from perf import comparisons
 from perf.plots import plot
 from perf.report import Section, about
-from perf.tables import absentees, table
+from perf.tables import Table, absentees, table
 
 _STYLE = (
     "body{font:15px sans-serif;margin:2em}td,th{padding:2px 8px;text-align:left}"
@@ -26,6 +27,11 @@ def _row(head: str, cells: Sequence[str], tag: str = "td") -> str:
     return f"<tr><th>{html.escape(head)}</th>{inner}</tr>"
 
 
+def _table(shown: Table) -> str:
+    rows = "".join(_row(line, cells) for line, cells in shown.rows)
+    return f"<table>{_row('', shown.contenders, 'th')}{rows}</table>"
+
+
 def _plot(section: Section) -> str:
     try:
         text = plot(section)
@@ -37,8 +43,9 @@ def _plot(section: Section) -> str:
 def _section(section: Section) -> str:
     absent = absentees(section.figures)
     shown = table([f for f in section.figures if f.contender not in absent], section.base)
-    rows = _row("", shown.contenders, "th") + "".join(
-        _row(line, cells) for line, cells in shown.rows
+    further = "".join(
+        f"<h3>{html.escape(title)}</h3>{_table(one)}"
+        for title, one in comparisons.tables(section.figures, section.base)
     )
     missing = "".join(
         f"<li>{html.escape(name)}: missing, {html.escape(why)}</li>" for name, why in absent.items()
@@ -46,7 +53,7 @@ def _section(section: Section) -> str:
     told = "".join(f"<p>{_code(part)}</p>" for part in about(section))
     return (
         f"<h2>{html.escape(section.title)}</h2><pre>{html.escape(section.command)}</pre>{told}"
-        f"<table>{rows}</table>{f'<ul>{missing}</ul>' if missing else ''}{_plot(section)}"
+        f"{_table(shown)}{f'<ul>{missing}</ul>' if missing else ''}{_plot(section)}{further}"
     )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from perf import report
+from perf import comparisons, report
 from perf.__main__ import main
 from perf.figures import OPERATIONS, Figure, interval, ratio
 from perf.publish import publish
@@ -155,3 +155,26 @@ def test_a_page_without_marks_is_left_alone(
     assert publish([tmp_path], page) == 1
     assert "has no lines" in capsys.readouterr().err
     assert page.read_text() == "mine\n"
+
+
+def test_file_systems_are_set_beside_the_aims_and_the_peers() -> None:
+    figures = [
+        _figure(line, name, *seconds)
+        for line in ("tar x", "open+close")
+        for name, seconds in (
+            ("overlayfs", (1.0, 2.0, 1.0)),
+            ("sdeefs ring", (3.0, 6.0, 3.0)),
+            ("sdeefs device", (4.0, 8.0, 5.0)),
+            ("fuse-overlayfs 1.10", (6.0, 12.0, 1.0)),
+            ("fuse-overlayfs 2.0", (1.5, 3.0, 1.5)),
+            ("floor, computed", (2.0, 4.0, 2.0)),
+        )
+    ]
+    figures.append(Figure("tar x: waited for", "floor, computed", "requests", False, (2468.0,)))
+    (aims, beside), (peers, faster) = comparisons.tables(figures, "overlayfs")
+    assert "overlayfs" in aims
+    assert beside.rows == (("tar x", ("2,468", "2.5", "2.00", "3.00", "4.00")),)
+    assert "slower" in peers
+    assert [line for line, _ in faster.rows] == ["tar x", "open+close"]
+    assert faster.rows[0][1] == ("2.00", "0.50", "1.50", "0.38")
+    assert comparisons.tables([_figure("pipes", "bare metal", 1.0)], "bare metal") == []
