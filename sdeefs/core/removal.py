@@ -111,19 +111,33 @@ class Removal(Creation):
         node, _ = self._find_node(parent, name)
         if not isinstance(node, Directory):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        if not self._is_empty(node):
-            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
         in_upper = node.layer == UPPER
         hide = not in_upper or self._hides_lower(parent, name)
-        parent_fd = self._in_upper(parent)
-        credentials.settle()
         if in_upper:
             self._upper_fd(node)  # it stays reachable while the kernel holds it
+        if not hide and not node.lowers and self._removed_at_once(parent, name):
+            self._bury(node, parent, name)
+            return
+        if not self._is_empty(node):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
+        parent_fd = self._in_upper(parent)
+        credentials.settle()
         if hide:
             self._whiteout(upper, parent, parent_fd, name, in_upper, directory=True)
         else:
             self._remove_directory(upper, parent_fd, name)
         self._bury(node, parent, name)
+
+    def _removed_at_once(self, parent: Directory, name: bytes) -> bool:
+        """Remove a directory that upper alone has, unless something is in it (whiteouts, perhaps)."""
+        credentials.settle()
+        try:
+            os.rmdir(name, dir_fd=self._upper_fd(parent))
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            return False
+        return True
 
     def _bury(self, node: Directory, parent: Directory, name: bytes) -> None:
         node.flags |= DEAD
