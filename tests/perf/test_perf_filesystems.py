@@ -101,12 +101,26 @@ def test_fio(lower: Path, scratch: Path) -> None:
         assert all(value > 0 for value in found.values())
 
 
+def _at_rest(pid: int) -> None:
+    """Wait until a server that has just been mounted has done what it does then."""
+    deadline = time.monotonic() + 30
+    before = server.cpu_time([pid])
+    while True:
+        time.sleep(0.3)
+        now = server.cpu_time([pid])
+        if sum(server.split(before, now)) < 0.001:
+            return
+        assert time.monotonic() < deadline, "it doesn't come to rest"
+        before = now
+
+
 def test_the_server_is_found_by_its_mount_and_its_cpu_time_counted(
     lower: Path, scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with mounted(SDEEFS, lower, scratch) as layers:
         (pid,) = server.servers_of(layers.merged)
         assert b"sdeefs" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        _at_rest(pid)
         before = server.cpu_time([pid])
         server.getattrs([os.fsencode(layers.merged / "flat/file1")], 5000)
         asked = sum(server.split(before, server.cpu_time([pid])))
