@@ -46,7 +46,12 @@ setup(
         Extension(
             "sdeefs.transports._device",
             ["sdeefs/transports/_device.c"],
-            depends=[SHARED, "sdeefs/transports/_following.h", "sdeefs/transports/_forgetting.h"],
+            depends=[
+                SHARED,
+                "sdeefs/transports/_following.h",
+                "sdeefs/transports/_forgetting.h",
+                "sdeefs/transports/shortcuts/wire.h",
+            ],
             extra_compile_args=["-O2", "-std=gnu11", "-Wall", "-Wextra"],
             optional=True,
         ),

@@ -45,6 +45,11 @@ def _cookie_of(entry: tuple[bytes, int, int]) -> int:
     return cookie(entry[0])
 
 
+def _behind(position: int, name: bytes) -> int:
+    """The offset behind the entry at a place of a list."""
+    return position + 1 if position < 2 else cookie(name)
+
+
 def _following(entries: Snapshot, offset: int) -> int:
     """The place in a list of what comes after an offset."""
     return offset if offset < 2 else bisect_right(entries, offset, 2, key=_cookie_of)
@@ -220,8 +225,7 @@ class Listing(CopyUp):
                     ino = self._inode_number(directory, name)
                 if ino == 0:
                     continue
-            after = position + 1 if position < 2 else cookie(name)
-            yield _new(DirectoryEntry, (name, ino, kind, after))
+            yield _new(DirectoryEntry, (name, ino, kind, _behind(position, name)))
 
     def _entries_plus(
         self, directory: Directory, entries: Snapshot, places: range, caller: Caller | None
@@ -248,5 +252,4 @@ class Listing(CopyUp):
                 if ino == UNKNOWN:
                     continue
                 entry = bare
-            after = position + 1 if position < 2 else cookie(name)
-            yield _new(DirectoryEntry, (name, ino, kind, after)), entry
+            yield _new(DirectoryEntry, (name, ino, kind, _behind(position, name))), entry

@@ -28,8 +28,8 @@
 /* Nanoseconds: a caller that asks again so soon after its answer is on the readers' CPU. */
 #define NEAR 10000
 /* Where it takes longer its CPU is looked up, which takes a third as long as a request does: once it was
- * found here, not for so many requests, and for twice as many each time. */
-#define TRUST 32
+ * found here not for one request, and for about twice as many each time, up to so many. */
+#define TRUST 63
 /* A change of caller weighs so many requests without one; at so much the callers are many. */
 #define CHANGE 4
 #define MANY 16
@@ -176,14 +176,6 @@ static inline bool seen(struct readers *all)
 	return found(all, requests);
 }
 
-static inline bool trusts(struct readers *all)
-{
-	if (!all->trusted)
-		return false;
-	all->trusted--;
-	return true;
-}
-
 /* The caller is elsewhere; whether that is so too often. */
 static inline bool lost(struct readers *all)
 {
@@ -198,11 +190,12 @@ static inline bool lost(struct readers *all)
 	return true;
 }
 
-static inline bool rests(struct readers *all)
+/* Whether one of so many requests is left. */
+static inline bool spend(unsigned *left)
 {
-	if (!all->rest)
+	if (!*left)
 		return false;
-	all->rest--;
+	--*left;
 	return true;
 }
 
@@ -224,14 +217,14 @@ static inline bool follow(struct readers *all, uint32_t caller)
 		all->changes = MANY + CHANGE;
 		return move_to(all, NOWHERE);
 	}
-	if (rests(all))
+	if (spend(&all->rest))
 		return false;
 	if (all->changes)
 		return false;
 	if (all->cpu != NOWHERE) {
 		if (now() - all->answered < NEAR)
 			return found(all, 1);
-		if (trusts(all))
+		if (spend(&all->trusted))
 			return false;
 	}
 	cpu = cpu_of(caller);

@@ -4,6 +4,7 @@
 #define FORGETTING_H
 
 #include "_serving.h"
+#include "shortcuts/wire.h"
 
 #include <pthread.h>
 #include <stdbool.h>
@@ -11,25 +12,15 @@
 #include <string.h>
 #include <time.h>
 
-#define FORGET 2
-#define BATCH_FORGET 42
 /* Beyond so many their reader sees to them itself. */
 #define MOST 65536
 /* So many are seen to with the core's lock taken once. */
 #define AT_ONCE 256
 
-/* From linux/fuse.h: of a BATCH_FORGET so many of these follow the count. */
-struct forget_one {
-	uint64_t node, lookups;
-};
-struct batch_forget_in {
-	uint32_t count, dummy;
-};
-
 struct forgets {
 	pthread_mutex_t lock;
 	pthread_cond_t some;
-	struct forget_one *list;
+	struct fuse_forget_one *list;
 	size_t done, count, room; /* from `done` on they wait */
 	uint64_t requests[2]; /* that were kept: FORGETs, BATCH_FORGETs */
 	bool wanted; /* somebody comes for them */
@@ -50,13 +41,13 @@ static inline void forgets_end(struct forgets *all)
 }
 
 /* Called with the lock. */
-static inline bool keep_forgets(struct forgets *all, const struct forget_one *ones, size_t count)
+static inline bool keep_forgets(struct forgets *all, const struct fuse_forget_one *ones, size_t count)
 {
 	if (!all->wanted || all->count + count > MOST)
 		return false;
 	if (all->count + count > all->room) {
 		size_t room = 2 * (all->count + count);
-		struct forget_one *more = realloc(all->list, room * sizeof *more);
+		struct fuse_forget_one *more = realloc(all->list, room * sizeof *more);
 
 		if (!more)
 			return false;
@@ -71,16 +62,16 @@ static inline bool keep_forgets(struct forgets *all, const struct forget_one *on
 /* Whether a request is a FORGET that was kept. */
 static inline bool forgets_take(struct forgets *all, const struct in_header *in, const char *body, size_t length)
 {
-	struct forget_one one = { .node = in->nodeid };
-	struct batch_forget_in batch = { .count = 1 };
-	const struct forget_one *ones = &one;
+	struct fuse_forget_one one = { .nodeid = in->nodeid };
+	struct fuse_batch_forget_in batch = { .count = 1 };
+	const struct fuse_forget_one *ones = &one;
 	bool kept;
 
-	if (in->opcode == FORGET && length >= sizeof one.lookups) {
-		memcpy(&one.lookups, body, sizeof one.lookups);
-	} else if (in->opcode == BATCH_FORGET && length >= sizeof batch) {
+	if (in->opcode == FUSE_FORGET && length >= sizeof one.nlookup) {
+		memcpy(&one.nlookup, body, sizeof one.nlookup);
+	} else if (in->opcode == FUSE_BATCH_FORGET && length >= sizeof batch) {
 		memcpy(&batch, body, sizeof batch);
-		ones = (const struct forget_one *)(body + sizeof batch);
+		ones = (const struct fuse_forget_one *)(body + sizeof batch);
 		if (batch.count > (length - sizeof batch) / sizeof *ones)
 			return false;
 	} else {
@@ -88,7 +79,7 @@ static inline bool forgets_take(struct forgets *all, const struct in_header *in,
 	}
 	pthread_mutex_lock(&all->lock);
 	kept = keep_forgets(all, ones, batch.count);
-	all->requests[in->opcode == BATCH_FORGET] += kept;
+	all->requests[in->opcode == FUSE_BATCH_FORGET] += kept;
 	if (kept && all->count == batch.count && !all->done)
 		pthread_cond_signal(&all->some);
 	pthread_mutex_unlock(&all->lock);
@@ -99,8 +90,8 @@ static inline bool forgets_take(struct forgets *all, const struct in_header *in,
 static inline void forgets_count(struct forgets *all, uint64_t *counts)
 {
 	pthread_mutex_lock(&all->lock);
-	counts[FORGET] += all->requests[0];
-	counts[BATCH_FORGET] += all->requests[1];
+	counts[FUSE_FORGET] += all->requests[0];
+	counts[FUSE_BATCH_FORGET] += all->requests[1];
 	pthread_mutex_unlock(&all->lock);
 }
 
@@ -109,8 +100,8 @@ static inline void forgets_count(struct forgets *all, uint64_t *counts)
 static inline PyObject *forgets_wait(struct forgets *all, long pause)
 {
 	struct {
-		struct batch_forget_in head;
-		struct forget_one ones[AT_ONCE];
+		struct fuse_batch_forget_in head;
+		struct fuse_forget_one ones[AT_ONCE];
 	} body = { 0 };
 	struct timespec time = { .tv_nsec = pause };
 	size_t count = 0;

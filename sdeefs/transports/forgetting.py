@@ -56,5 +56,7 @@ class Forgetter:
         while (body := self._source.wait_for_forgets(PAUSE)) is not None:
             try:
                 self._handler(0, body, 0, 0, 0)
+            except OSError as error:
+                log.debug("forgetting: %s", error)
             except Exception:
                 log.exception("a request failed")

@@ -52,7 +52,7 @@ static int stored(Shortcuts *self, PyObject *node, int fd, const struct stat *st
 {
 	char data[SMALL];
 	struct {
-		struct fuse_out_header head;
+		struct out_header head;
 		struct fuse_notify_store_out store;
 	} message = { .head.error = FUSE_NOTIFY_STORE, .store.nodeid = slot_u64(node, shape.number) };
 	struct iovec parts[2] = { { &message, sizeof message }, { data, sizeof data } };
@@ -134,7 +134,7 @@ static int opened(Shortcuts *self, PyObject *node, int fd, const struct stat *st
 		  struct fuse_open_out *out)
 {
 	PyObject *extra = SLOT(node, shape.extra_at), *handles, *io, *handle = NULL, *number = NULL, *file = NULL;
-	int keep = 0, id = 0, first, rc = FAILED;
+	int keep = 0, id = 0, first, rc = FAILED; /* first: the kernel has nothing of it yet */
 
 	if (extra == Py_None) {
 		extra = new_extra();
@@ -149,12 +149,13 @@ static int opened(Shortcuts *self, PyObject *node, int fd, const struct stat *st
 		io = self->passthrough && (slot_int(node, shape.layer) == UPPER || !self->writable) ?
 			self->io_passthrough : self->io_cached;
 	first = SLOT(extra, shape.opened) == Py_None && !PyList_GET_SIZE(handles);
-	if (io == self->io_cached)
+	if (io == self->io_cached) {
 		keep = keeps_cache(extra, st);
-	else
+		if (!keep && first && slot_int(node, shape.layer) != UPPER)
+			keep = stored(self, node, fd, st);
+	} else {
 		set_slot(extra, shape.opened, Py_NewRef(Py_None));
-	if (first && io == self->io_cached && !keep && slot_int(node, shape.layer) != UPPER)
-		keep = stored(self, node, fd, st);
+	}
 	handle = keep < 0 ? NULL : next_number(self->filesystem, str_next_handle);
 	number = handle ? PyLong_FromLong(fd) : NULL;
 	file = number ? new_file(node, number, writable, io) : NULL;

@@ -104,12 +104,7 @@ struct fuse_backing_map {
 };
 #define FUSE_DEV_IOC_BACKING_OPEN _IOW(229, 1, struct fuse_backing_map)
 #define FUSE_DEV_IOC_BACKING_CLOSE _IOW(229, 2, uint32_t)
-struct fuse_out_header {
-	uint32_t len;
-	int32_t error; /* 0 or a negative errno; of a notification its kind */
-	uint64_t unique;
-};
-#define FUSE_NOTIFY_STORE 4
+#define FUSE_NOTIFY_STORE 4 /* in the place of out_header's error */
 struct fuse_notify_store_out {
 	uint64_t nodeid, offset;
 	uint32_t size, padding;
