@@ -14,6 +14,7 @@ import os
 
 #: Where init has its end.
 FD = 3
+_PF_EXITING = 0x4  # among the flags of /proc/PID/stat
 
 
 class Ended(Exception):
@@ -30,11 +31,14 @@ def make() -> int:
 def hold(pid: int) -> int:
     """Become a member of the instance of this init; closing the descriptor ends that.
 
-    Raises Ended, PermissionError.
+    Raises Ended, PermissionError: it is another account's.
     """
     try:
         fd = os.open(f"/proc/{pid}/fd/{FD}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except PermissionError:
+        # Once its memory is gone, until it is a zombie, what /proc has of a process is root's.
+        if _exiting(pid):
+            raise Ended from None
         raise
     except OSError:
         raise Ended from None
@@ -45,6 +49,16 @@ def hold(pid: int) -> int:
         os.close(fd)
         raise Ended from None
     return fd
+
+
+def _exiting(pid: int) -> bool:
+    """Whether a process is on its way out, or gone: told before it gives up its memory."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            flags = int(file.read().rsplit(b")", 1)[1].split()[6])
+    except OSError:
+        return True
+    return bool(flags & _PF_EXITING)
 
 
 def look(fd: int) -> tuple[bool, bool]:

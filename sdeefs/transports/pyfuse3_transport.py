@@ -33,6 +33,7 @@ from sdeefs.core.api import (
 )
 from sdeefs.transports.connection import abort_connection, error_number
 from sdeefs.transports.notifier import Notifier
+from sdeefs.transports.requests import forget_each
 from sdeefs.transports.transport import PLAIN, WRITEBACK, TransportOptions
 
 log = logging.getLogger(__name__)
@@ -186,8 +187,7 @@ class _Handlers(pyfuse3.Operations):
     async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
         for number, count in inode_list:
             self._count("forget")
-            for node, part in self.numbers.forget(number, count):
-                self.core.forget(node, part)
+            forget_each(self.core, self.numbers.forget(number, count))
 
     async def readlink(self, inode: int, ctx: Any) -> Any:
         return await self._call("readlink", self.core.readlink, self._node(inode))
@@ -335,8 +335,7 @@ class _Handlers(pyfuse3.Operations):
                 continue
             entry = self._entry(found)
             if not pyfuse3.readdir_reply(token, item.name, entry, item.next_offset):
-                for node, part in self.numbers.forget(entry.st_ino, 1):
-                    self.core.forget(node, part)
+                forget_each(self.core, self.numbers.forget(entry.st_ino, 1))
                 return
 
     async def releasedir(self, fh: int) -> None:

@@ -10,8 +10,9 @@ This is the hot path: closures over local names, positional arguments, nothing b
 from __future__ import annotations
 
 import errno
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from sdeefs.core.api import (
@@ -28,6 +29,8 @@ from sdeefs.core.api import (
 from sdeefs.transports import wire
 from sdeefs.transports.backing import BackingIds
 from sdeefs.transports.wire import Opcode, pack_attributes, pack_entry
+
+log = logging.getLogger(__name__)
 
 
 class Deferred:
@@ -53,6 +56,19 @@ _PAIR = wire.GETXATTR_IN
 
 def not_implemented(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
     return errno.ENOSYS
+
+
+def forget_each(operations: Operations, ones: Iterable[tuple[int, int]]) -> None:
+    """FORGETs (node, look-ups) that came together: the kernel sends none twice, so what fails in one
+    leaves the others to be done."""
+    op_forget = operations.forget
+    for node, lookups in ones:
+        try:
+            op_forget(node, lookups)
+        except OSError as error:
+            log.debug("forgetting node %d: %s", node, error)
+        except Exception:
+            log.exception("forgetting node %d failed", node)
 
 
 class Features:
@@ -134,8 +150,7 @@ def _names(operations: Operations) -> Part:
 
     def batch_forget(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
         count = wire.BATCH_FORGET_IN.unpack_from(body)[0]
-        for one, lookups in wire.FORGET_ONE.iter_unpack(body[8 : 8 + 16 * count]):
-            op_forget(one, lookups)
+        forget_each(operations, wire.FORGET_ONE.iter_unpack(body[8 : 8 + 16 * count]))
         return None
 
     def readlink(node: int, body: Body, uid: int, gid: int, pid: int) -> Reply:
@@ -377,7 +392,7 @@ def _files(operations: Operations, features: Features, backing_ids: BackingIds |
 def _directories(operations: Operations, features: Features) -> Part:
     """Directories, which have no handles."""
     op_readdir, op_readdirplus = operations.readdir, operations.readdirplus
-    op_fsyncdir, op_forget = operations.fsyncdir, operations.forget
+    op_fsyncdir = operations.fsyncdir
     pack_dirent, pack_direntplus = wire.pack_dirent, wire.pack_direntplus
 
     may_cache, may_spare = operations.caches_directory, operations.spares_opendir
@@ -406,7 +421,7 @@ def _directories(operations: Operations, features: Features) -> Part:
             room -= (159 + len(entry.name)) & ~7
             if room < 0:
                 if found.node:
-                    op_forget(found.node, 1)
+                    forget_each(operations, [(found.node, 1)])
                 break
             page.append(pack_direntplus(entry, found))
         return b"".join(page)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import signal
@@ -156,6 +157,32 @@ def test_one_after_the_other_without_a_pause(lab: Lab) -> None:
     """Each finds the last one's instance alive, just ending, or gone: all of it works."""
     for number in range(25 if lab.engine == "kernel" else 8):
         assert lab.run("sh", "-c", f"exit {number}", env="rows").returncode == number
+
+
+def test_one_that_comes_while_the_instance_ends(lab: Lab) -> None:
+    """All that /proc has of its init is root's by then: it isn't taken for another account's."""
+    if lab.mode != "rootless":
+        return  # the daemon may look at everybody's
+    with lab.member("late") as first, open(lab.store() / "late" / "lock") as lock:
+        init = lab.init("late")
+        # Only it can reap the command, without which the init of a PID namespace doesn't end.
+        first.send_signal(signal.SIGSTOP)
+        os.kill(init, signal.SIGKILL)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # as one has it who is about to make a new instance
+        second = lab.start("run", "--env", "late", "echo", "new")
+        try:
+            with pytest.raises(subprocess.TimeoutExpired):
+                second.wait(2)
+            assert not _ended(init)
+            first.send_signal(signal.SIGCONT)
+            assert first.wait(SECONDS) == 128 + 9
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            out, err = second.communicate(timeout=SECONDS)
+            assert (second.returncode, out) == (0, "new\n"), err
+        finally:
+            first.send_signal(signal.SIGCONT)
+            second.kill()
+            second.communicate()
 
 
 def test_another_engine_finds_the_same_upper(lab: Lab) -> None:

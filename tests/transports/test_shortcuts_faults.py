@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import struct
@@ -9,6 +10,7 @@ import struct
 import pytest
 
 from mount_helpers.namespaces import IdRange
+from sdeefs.core.nodes import Directory
 from sdeefs.transports import shortcuts, wire
 from sdeefs.transports.requests import Features, handlers
 from sdeefs.transports.wire import Opcode
@@ -46,6 +48,33 @@ def test_a_handle_that_is_refused_its_backing_id_is_none() -> None:
             c.ask(Opcode.OPEN, node, wire.OPEN_IN.pack(os.O_RDONLY, 0))
         assert len(os.listdir("/proc/self/fd")) == before
         assert filesystem.counts()["files"] == 0
+
+
+def test_what_fails_in_one_of_a_batch_leaves_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    """The kernel sends no FORGET twice: what is dropped here stays for good."""
+    caplog.set_level(logging.DEBUG)
+    with sides("plain") as both:
+        for side in both:
+            nodes = side.filesystem.table.nodes
+            removed = []
+            for name in (b"one\0", b"two\0", b"three\0"):
+                made = side.ask(Opcode.MKDIR, 1, wire.MKDIR_IN.pack(0o755, 0) + name)[1]
+                removed.append(struct.unpack_from("=Q", made)[0])
+                assert side.ask(Opcode.RMDIR, 1, name)[0] == 0
+            held = [nodes[number] for number in removed]
+            fds = [node.upper_fd for node in held if isinstance(node, Directory)]
+            kept = _look_up(side, b"only-upper")
+            os.close(fds[0])  # to close it once more is EBADF
+            ones = b"".join(wire.FORGET_ONE.pack(node, 1) for node in (*removed, kept))
+            caplog.clear()
+            assert side.ask(Opcode.BATCH_FORGET, 0, wire.BATCH_FORGET_IN.pack(4, 0) + ones)[0] == 0
+            assert not nodes.keys() & {*removed, kept}
+            for fd in fds[1:]:
+                with pytest.raises(OSError, match="Bad file descriptor"):
+                    os.fstat(fd)
+            assert [record.getMessage() for record in caplog.records] == [
+                f"forgetting node {removed[0]}: [Errno 9] Bad file descriptor"
+            ]
 
 
 def test_requests_that_no_kernel_sends() -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import threading
 
 import pytest
+import trio
 
 from sdeefs.transports import choose, ring
 from sdeefs.transports.backing import CACHED, BackingIds
 from sdeefs.transports.connection import caller_is_killed, error_number
-from sdeefs.transports.pyfuse3_transport import Numbers
+from sdeefs.transports.pyfuse3_transport import Numbers, _Handlers
+from sdeefs.transports.requests import forget_each
 from sdeefs.transports.scheduling import Scheduling
+from sdeefs.transports.transport import TransportOptions
 from sdeefs.transports.workers import Workers
 from tests.transports.server_lab import DEADLINE, wait_for
 
@@ -30,6 +34,45 @@ def test_numbers_are_inode_numbers() -> None:
         numbers.node(77)
     assert caught.value.errno == errno.ESTALE
     assert numbers.number(5) is None
+
+
+class _Forgetful:
+    """A core of which some FORGETs fail: one as the system has it, one by a defect of ours."""
+
+    def __init__(self) -> None:
+        self.failing = {11: OSError(errno.EIO, "lost"), 13: KeyError("a defect")}
+        self.forgotten: list[tuple[int, int]] = []
+
+    def forget(self, node: int, count: int) -> None:
+        if node in self.failing:
+            raise self.failing[node]
+        self.forgotten.append((node, count))
+
+
+_SAID = [
+    ("DEBUG", "forgetting node 11: [Errno 5] lost"),
+    ("ERROR", "forgetting node 13 failed"),
+]
+
+
+def test_a_forget_that_fails_leaves_the_others(caplog: pytest.LogCaptureFixture) -> None:
+    core = _Forgetful()
+    caplog.set_level(logging.DEBUG)
+    forget_each(core, [(10, 1), (11, 1), (12, 2), (13, 3), (14, 4)])  # type: ignore[arg-type]
+    assert core.forgotten == [(10, 1), (12, 2), (14, 4)]
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == _SAID
+
+
+def test_a_forget_that_fails_does_not_end_pyfuse3(caplog: pytest.LogCaptureFixture) -> None:
+    """What comes out of a handler that has no answer comes out of its loop."""
+    core = _Forgetful()
+    caplog.set_level(logging.DEBUG)
+    handlers = _Handlers(core, TransportOptions())  # type: ignore[arg-type]
+    for node in range(10, 15):
+        handlers.numbers.seen(node, 100 + node)
+    trio.run(handlers.forget, [(number, 1) for number in range(110, 115)])
+    assert core.forgotten == [(10, 1), (12, 1), (14, 1)]
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == _SAID
 
 
 def test_a_file_that_got_another_node() -> None:
