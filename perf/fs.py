@@ -19,6 +19,7 @@ def _lower(scratch: Path, files: int, flat_files: int) -> tuple[Path, Path]:
     trees.repository(lower / "git", trees.tree(scratch / "sources", max(1000, files // 10), seed=3))
     trees.flat(lower / "flat", flat_files)
     trees.modules(lower, 300)
+    trees.wheel(scratch, 500)
     return lower, tar
 
 

@@ -1,16 +1,19 @@
-"""What people do with trees of files: find, tar, cp, rm, git, imports."""
+"""What people do with trees of files: find, tar, cp, rm, git, imports, pip."""
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from functools import partial
 from pathlib import Path
 
+from perf import trees
 from perf.figures import SECONDS
 from perf.filesystems import Contender, Layers, mounted, remount
 from perf.runner import Block
 from perf.timing import seconds_of
 
+_HAS_PIP = importlib.util.find_spec("pip") is not None
 LINES = (
     "find, cold",
     "find, warm",
@@ -21,6 +24,8 @@ LINES = (
     "git status, cold",
     "git status, warm",
     "python import, cold",
+    "git clone",
+    *(("pip install",) if _HAS_PIP else ()),
     "tar x",
     "cp -a lower to upper",
     "rm -r upper",
@@ -61,12 +66,22 @@ def tree(
             timed(f"{line}, warm", *words, cwd=cwd)
 
         files, git, again, copied = (merged / n for n in ("tree", "git", "again", "copied"))
+        any_owner = ("git", "-c", "safe.directory=*")
         cold_and_warm("find", "find", files)
         cold_and_warm("find -size", "find", files, "-size", "+1M")
         cold_and_warm("tar c", "sh", "-c", f"tar -C {files} -cf - . | cat")
-        status = ("git", "-c", "safe.directory=*", "status", "--short")
-        cold_and_warm("git status", *status, cwd=git)
+        cold_and_warm("git status", *any_owner, "status", "--short", cwd=git)
         cold("python import", sys.executable, "-I", "-S", merged / "import.py")
+        timed("git clone", *any_owner, "clone", "--quiet", "--no-hardlinks", git, merged / "cloned")
+        if _HAS_PIP:
+            pip = ("-m", "pip", "--quiet", "--disable-pip-version-check", "--no-input", "install")
+            what = (
+                "--no-index",
+                "--no-deps",
+                "--root-user-action=ignore",
+                tar.parent / trees.WHEEL,
+            )
+            timed("pip install", sys.executable, "-I", *pip, "--target", merged / "site", *what)
         again.mkdir()
         # What removes comes last: see places.spread().
         steps: list[tuple[str, list[str | Path]]] = [
@@ -81,6 +96,7 @@ def tree(
 
 
 def blocks(one: Contender, lower: Path, scratch: Path, tar: Path) -> list[Block]:
-    """A contender's blocks; `lower` holds tree, git and import.py, `tar` is an archive of the tree."""
+    """A contender's blocks; `lower` holds tree, git and import.py, `tar` is an archive of the tree
+    and beside it is the wheel."""
     run = partial(tree, one, lower, scratch, tar)
     return [Block(one.name, dict.fromkeys(LINES, SECONDS), run)]

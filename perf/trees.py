@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import random
 import subprocess
+import zipfile
 from pathlib import Path
 
 #: Seconds since 1970.
 _LONG_AGO = 1_750_000_000
+#: A package for pip.
+WHEEL = "perf_tree-1-py3-none-any.whl"
 
 
 def _made(path: Path) -> bool:
@@ -95,3 +98,21 @@ def modules(path: Path, count: int) -> Path:
         )
         _done(place)
     return path / "import.py"
+
+
+def wheel(directory: Path, count: int) -> Path:
+    """A package of so many modules of about 1 kB, 25 in a directory, as pip installs it."""
+    path, about = directory / WHEEL, "perf_tree-1.dist-info"
+    if not _made(path):
+        files = {
+            f"perf_tree/p{n // 25}/m{n}.py": "".join(f"v{i} = {i}\n" for i in range(n % 200))
+            for n in range(count)
+        }
+        files[f"{about}/METADATA"] = "Metadata-Version: 2.1\nName: perf-tree\nVersion: 1\n"
+        files[f"{about}/WHEEL"] = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        files[f"{about}/RECORD"] = "".join(f"{name},,\n" for name in (*files, f"{about}/RECORD"))
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, text in files.items():
+                archive.writestr(name, text)
+        _done(path)
+    return path

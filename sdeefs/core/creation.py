@@ -95,17 +95,31 @@ class Creation(Listing):
         shown = self.compose(st.st_ino, self.layers[0])
         kind = st.st_mode & 0o170000
         if kind == stat.S_IFDIR:
-            node: Node = Directory(
-                self.table.number(), parent, name, kind, UPPER, st.st_ino, shown, ()
-            )
-            if parent.lowers:
-                node.flags = OPAQUE  # type: ignore[attr-defined]
-        else:
-            ino = st.st_ino
-            node = Node(
-                self.table.number(), parent, name, kind, UPPER, ino, ino if shown == ino else shown
-            )
+            return self._made_directory(parent, name, st, shown)
+        ino = st.st_ino
+        node = Node(
+            self.table.number(), parent, name, kind, UPPER, ino, ino if shown == ino else shown
+        )
         self.table.add(node)
+        return node
+
+    def _made_directory(
+        self, parent: Directory, name: bytes, st: os.stat_result, shown: int
+    ) -> Directory:
+        """A new directory, open: who makes one is about to use it."""
+        node = Directory(
+            self.table.number(), parent, name, stat.S_IFDIR, UPPER, st.st_ino, shown, ()
+        )
+        if parent.flags & (ACL_KNOWN | HAS_DEFAULT_ACL) == ACL_KNOWN:
+            node.flags = ACL_KNOWN  # who has no default ACL hands none down
+        if parent.lowers:
+            node.flags |= OPAQUE
+        self.table.add(node)
+        if self.open_directories <= self.settings.max_directories:
+            try:
+                self._upper_fd(node)
+            except OSError:
+                pass  # it is tried again when it has to be open
         return node
 
     def _whiteout_at(self, parent_fd: int, name: bytes) -> bool:

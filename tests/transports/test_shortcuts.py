@@ -160,6 +160,9 @@ def sides(variant: str) -> Iterator[tuple[Side, Side]]:
 
 
 _ENTRY, _ATTR = wire.ENTRY_OUT, wire.ATTR_OUT
+_GIVES_ENTRY = (
+    Opcode.LOOKUP, Opcode.MKDIR, Opcode.MKNOD, Opcode.SYMLINK, Opcode.LINK, Opcode.CREATE
+)  # fmt: skip
 
 
 def _plain(values: tuple[Any, ...], attributes: int) -> tuple[Any, ...]:
@@ -174,10 +177,10 @@ def _plain(values: tuple[Any, ...], attributes: int) -> tuple[Any, ...]:
 
 def comparable(opcode: Opcode, reply: bytes) -> object:
     """A reply without what depends on the moment."""
-    if opcode in (Opcode.LOOKUP, Opcode.MKDIR, Opcode.SYMLINK, Opcode.LINK) and reply:
-        return _plain(_ENTRY.unpack(reply), 6)
     if opcode == Opcode.CREATE and reply:
         return _plain(_ENTRY.unpack_from(reply), 6), wire.OPEN_OUT.unpack_from(reply, _ENTRY.size)
+    if opcode in _GIVES_ENTRY and reply:
+        return _plain(_ENTRY.unpack(reply), 6)
     if opcode in (Opcode.GETATTR, Opcode.SETATTR) and reply:
         return _plain(_ATTR.unpack(reply), 3)
     if opcode in (Opcode.READDIR, Opcode.READDIRPLUS):
@@ -216,8 +219,10 @@ _step = st.one_of(
     st.tuples(st.just("release"), _handle, st.none()),
     st.tuples(st.just("unlink"), _node, _name),
     st.tuples(st.just("mkdir"), _node, _name),
+    st.tuples(st.just("mknod"), _node, _name),
+    st.tuples(st.just("symlink"), _node, _name),
     st.tuples(st.just("rmdir"), _node, _name),
-    st.tuples(st.just("rename"), _node, st.tuples(_name, _name)),
+    st.tuples(st.just("rename"), _node, st.tuples(_node, _name, _name, st.sampled_from([None, 0, 1, 2]))),
     st.tuples(st.just("link"), _node, st.tuples(_node, _name)),
     st.tuples(st.just("getxattr"), _node, st.sampled_from(
         [b"user.mark", b"security.capability", b"system.posix_acl_access", b"trusted.overlay.x"])),
@@ -248,7 +253,7 @@ class Player:
         answers = [side.ask(opcode, node, body, self.user, pid) for side in self.both]
         seen = [(number, comparable(opcode, reply)) for number, reply in answers]
         assert seen[0] == seen[1], f"{opcode.name} of {node} {body!r}"
-        if opcode in (Opcode.LOOKUP, Opcode.MKDIR, Opcode.CREATE, Opcode.LINK) and answers[0][1]:
+        if opcode in _GIVES_ENTRY and answers[0][1]:
             found = struct.unpack_from("=Q", answers[0][1])[0]
             self.counts[found] = self.counts.get(found, 0) + 1
             if found and found not in self.nodes:
@@ -319,9 +324,20 @@ class Player:
             self.ask(Opcode.UNLINK if word == "unlink" else Opcode.RMDIR, node, name)
         elif word == "mkdir":
             self.ask(Opcode.MKDIR, node, wire.MKDIR_IN.pack(0o755, 0o22) + name)
+        elif word == "mknod":
+            self.ask(
+                Opcode.MKNOD, node, wire.MKNOD_IN.pack(stat.S_IFIFO | 0o666, 0, 0o22, 0) + name
+            )
+        elif word == "symlink":
+            self.ask(Opcode.SYMLINK, node, name + b"target\0")
         elif word == "rename":
-            old, new = (os.fsencode(n) + b"\0" for n in more)
-            self.ask(Opcode.RENAME2, node, wire.RENAME2_IN.pack(node, 0, 0) + old + new)
+            other, old, new, flags = more
+            target = self.nodes[other % len(self.nodes)]
+            names = os.fsencode(old) + b"\0" + os.fsencode(new) + b"\0"
+            if flags is None:
+                self.ask(Opcode.RENAME, node, wire.RENAME_IN.pack(target) + names)
+            else:
+                self.ask(Opcode.RENAME2, node, wire.RENAME2_IN.pack(target, flags, 0) + names)
         elif word == "link":
             source = self.nodes[more[0] % len(self.nodes)]
             new = os.fsencode(more[1]) + b"\0"
@@ -400,6 +416,18 @@ def test_plain_cases_are_answered_in_c() -> None:
         player.play("create", 0, "new1")
         made, handle = len(player.nodes) - 1, len(player.handles) - 1
         for word, which, more in (
+            ("mkdir", 0, "new2"),
+            ("mknod", made + 1, "pipe"),
+            ("symlink", made + 1, "link"),
+            ("lookup", 0, ("new2", 1)),
+            ("create", made + 1, "file"),
+            ("rename", made + 1, (made + 1, "file", "file2", None)),
+            ("rename", made + 1, (0, "pipe", "file3", 0)),
+            ("rename", made + 1, (made + 1, "file2", "link", 0)),
+            ("rename", 0, (made + 1, "new1", "file", 0)),
+            ("rename", made + 1, (0, "file", "new1", 0)),
+            ("mkdir", made + 1, "dir"),
+            ("rmdir", made + 1, "dir"),
             ("getattr", made, None),
             ("chmod", made, 0o640),
             ("chown", made, (5, 6)),
@@ -413,7 +441,7 @@ def test_plain_cases_are_answered_in_c() -> None:
             ("release", handle, None),
             ("open", made, os.O_RDWR),
             ("unlink", 0, "new1"),
-            ("release", handle + 1, None),
+            ("release", handle + 2, None),
             ("forget", made, 1),
             ("list", directory, 1),
         ):

@@ -1,4 +1,4 @@
-/* OPEN, CREATE, READ and RELEASE of plain files. */
+/* OPEN, READ and RELEASE of plain files. */
 #include "shortcuts.h"
 
 #include <fcntl.h>
@@ -11,7 +11,7 @@
 /* Bytes: files of lower that aren't larger go to the kernel when they are opened. */
 #define SMALL 32768
 
-static int layer_flags(Shortcuts *self, uint32_t flags)
+int layer_flags(Shortcuts *self, uint32_t flags)
 {
 	int wanted = (int)flags & KEPT;
 
@@ -130,8 +130,8 @@ static int release_backing(Shortcuts *self, PyObject *node, PyObject *handle)
 }
 
 /* Handles._opened() and encode_open(): the handle of an open descriptor, which it owns from then on. */
-static int opened(Shortcuts *self, PyObject *node, int fd, const struct stat *st, int writable,
-		  struct fuse_open_out *out)
+int opened(Shortcuts *self, PyObject *node, int fd, const struct stat *st, int writable,
+	   struct fuse_open_out *out)
 {
 	PyObject *extra = SLOT(node, shape.extra_at), *handles, *io, *handle = NULL, *number = NULL, *file = NULL;
 	int keep = 0, id = 0, first, rc = FAILED; /* first: the kernel has nothing of it yet */
@@ -232,62 +232,6 @@ int do_open(Shortcuts *self, struct call *call)
 	if (rc)
 		close(fd);
 	call->size = sizeof(struct fuse_open_out);
-	return rc;
-}
-
-int do_create(Shortcuts *self, struct call *call)
-{
-	struct fuse_create_in in;
-	struct fuse_entry_out *entry = (struct fuse_entry_out *)call->out;
-	PyObject *parent, *name, *child;
-	struct found found = { .layer = UPPER };
-	uint32_t uid, gid;
-	int directory, fd = -1, rc;
-	long flags;
-
-	if (call->length < (Py_ssize_t)sizeof in + 2 || call->length > (Py_ssize_t)sizeof in + 256 ||
-	    !self->writable)
-		return LEAVE;
-	memcpy(&in, call->body, sizeof in);
-	parent = find_node(self, call->node);
-	if (!parent || !is_directory(parent) || slot_int(parent, shape.layer) != UPPER || in.mode & 06000)
-		return LEAVE;
-	flags = slot_int(parent, shape.flags);
-	directory = directory_fd(self, parent, UPPER);
-	if (directory < 0 || (flags & (FLAG_DEAD | FLAG_ACL_KNOWN | FLAG_ACL_DEFAULT)) != FLAG_ACL_KNOWN ||
-	    stored_ids(&self->upper_owners, call->uid, call->gid, &uid, &gid) < 0)
-		return LEAVE;
-	name = PyBytes_FromStringAndSize(call->body + sizeof in, call->length - 1 - (Py_ssize_t)sizeof in);
-	if (!name)
-		return FAILED;
-	child = PyDict_GetItemWithError(SLOT(parent, shape.children), name);
-	rc = child ? LEAVE : PyErr_Occurred() ? FAILED : 0;
-	if (!rc) {
-		int became = becomes(self, uid, gid);
-
-		rc = became < 0 ? FAILED : became ? 0 : LEAVE;
-	}
-	if (!rc) {
-		fd = openat(directory, PyBytes_AS_STRING(name),
-			    layer_flags(self, in.flags) | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,
-			    in.mode & ~in.umask & 07777);
-		if (fd < 0)
-			rc = errno == EEXIST ? LEAVE : errno; /* a whiteout has the name */
-		else if (fstat(fd, &found.st) < 0)
-			rc = errno;
-	}
-	if (!rc) {
-		found.node = new_node(self, parent, name, &found.st, UPPER,
-				      found.st.st_ino ^ self->layers[UPPER].mix, NULL);
-		rc = found.node ? pack_found(self, &found, entry) : FAILED;
-	}
-	if (!rc)
-		rc = opened(self, found.node, fd, &found.st, (in.flags & O_ACCMODE) != O_RDONLY,
-			    (struct fuse_open_out *)(entry + 1));
-	if (rc && fd >= 0)
-		close(fd);
-	Py_DECREF(name);
-	call->size = sizeof *entry + sizeof(struct fuse_open_out);
 	return rc;
 }
 

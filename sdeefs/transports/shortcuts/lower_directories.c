@@ -102,7 +102,7 @@ static int is_same(PyObject *child, const struct stat *st, long layer, PyObject 
 /* Its descriptor is the node's from here on, also where this fails. */
 static int keep(Shortcuts *self, PyObject *node, int fd, PyObject *watch, PyObject *handle)
 {
-	PyObject *number = PyLong_FromLong(fd), *fds = number ? PyList_New(1) : NULL, *done = NULL;
+	PyObject *number = PyLong_FromLong(fd), *fds = number ? PyList_New(1) : NULL, *done;
 
 	if (!fds) {
 		Py_XDECREF(number);
@@ -111,9 +111,11 @@ static int keep(Shortcuts *self, PyObject *node, int fd, PyObject *watch, PyObje
 	}
 	PyList_SET_ITEM(fds, 0, number);
 	set_slot(node, shape.lower_fds, fds);
-	done = PyObject_CallFunctionObjArgs(self->remember, node, zero, number, NULL);
-	if (done && handle)
-		Py_SETREF(done, PyObject_CallMethodObjArgs(watch, str_marked, SLOT(node, shape.number), handle, NULL));
+	if (remember(self, node, 0, fd))
+		return FAILED;
+	if (!handle)
+		return ANSWERED;
+	done = PyObject_CallMethodObjArgs(watch, str_marked, SLOT(node, shape.number), handle, NULL);
 	Py_XDECREF(done);
 	return done ? ANSWERED : FAILED;
 }

@@ -85,7 +85,13 @@ static PyObject *serve(Shortcuts *self, uint32_t opcode, shortcut shortcut, int 
 METHOD(lookup, FUSE_LOOKUP, 1)
 METHOD(getattr, FUSE_GETATTR, 1)
 METHOD(setattr, FUSE_SETATTR, 1)
+METHOD(symlink, FUSE_SYMLINK, 1)
+METHOD(mknod, FUSE_MKNOD, 1)
+METHOD(mkdir, FUSE_MKDIR, 1)
 METHOD(unlink, FUSE_UNLINK, 1)
+METHOD(rmdir, FUSE_RMDIR, 1)
+METHOD(rename, FUSE_RENAME, 1)
+METHOD(rename2, FUSE_RENAME2, 1)
 METHOD(open, FUSE_OPEN, 1)
 METHOD(read, FUSE_READ, 0)
 METHOD(release, FUSE_RELEASE, 1)
@@ -363,7 +369,8 @@ static void Shortcuts_dealloc(Shortcuts *self)
 
 #define ROW(name) { #name, (PyCFunction)(void (*)(void))Shortcuts_##name, METH_FASTCALL, NULL }
 static PyMethodDef Shortcuts_methods[] = {
-	ROW(lookup), ROW(getattr), ROW(setattr), ROW(unlink), ROW(open), ROW(read), ROW(release),
+	ROW(lookup), ROW(getattr), ROW(setattr), ROW(symlink), ROW(mknod), ROW(mkdir), ROW(unlink), ROW(rmdir),
+	ROW(rename), ROW(rename2), ROW(open), ROW(read), ROW(release),
 	ROW(setxattr), ROW(getxattr), ROW(listxattr), ROW(create), ROW(copy_file_range),
 	ROW(copy_file_range_64), ROW(readdir), ROW(readdirplus), ROW(forget), ROW(batch_forget),
 	{ "left", (PyCFunction)Shortcuts_left, METH_NOARGS, left_doc },

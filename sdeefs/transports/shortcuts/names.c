@@ -1,8 +1,7 @@
-/* LOOKUP, FORGET and UNLINK. */
+/* LOOKUP and FORGET. */
 #include "shortcuts.h"
 
 #include <fcntl.h>
-#include <unistd.h>
 
 static PyObject *stamp_of(const struct stat *st)
 {
@@ -67,7 +66,7 @@ int has_xattr_whiteouts(Shortcuts *self, long layer)
 	return is_true(self->layers[layer].object, str_xwhiteouts);
 }
 
-/* What a name stands for, if it is a file or nothing: Lookup._find() and _bind(). */
+/* What a name stands for, if that is plain: Lookup._find() and _bind(). */
 int find_name(Shortcuts *self, PyObject *parent, PyObject *name, struct found *found)
 {
 	const char *text = PyBytes_AS_STRING(name);
@@ -86,7 +85,9 @@ int find_name(Shortcuts *self, PyObject *parent, PyObject *name, struct found *f
 		if (fd < 0)
 			return LEAVE;
 		if (fstatat(fd, text, st, AT_SYMLINK_NOFOLLOW) == 0) {
-			if (S_ISDIR(st->st_mode) || (st->st_size == 0 && S_ISCHR(st->st_mode)))
+			if (S_ISDIR(st->st_mode))
+				return find_upper_directory(self, parent, name, fd, found);
+			if (st->st_size == 0 && S_ISCHR(st->st_mode))
 				return LEAVE;
 			if (st->st_size == 0 && S_ISREG(st->st_mode) && has_xattr_whiteouts(self, UPPER))
 				return PyErr_Occurred() ? FAILED : LEAVE;
@@ -147,7 +148,8 @@ int pack_found(Shortcuts *self, const struct found *found, struct fuse_entry_out
 	return ANSWERED;
 }
 
-static PyObject *parent_of(Shortcuts *self, struct call *call)
+/* The directory that a request is about; NULL: there is none, or an exception. */
+PyObject *parent_of(Shortcuts *self, struct call *call)
 {
 	PyObject *parent = find_node(self, call->node);
 
@@ -265,8 +267,10 @@ int do_batch_forget(Shortcuts *self, struct call *call)
 		struct fuse_forget_one one;
 
 		memcpy(&one, &ones[i], sizeof one);
-		if (!forget(self, one.nodeid, one.nlookup))
+		if (!forget(self, one.nodeid, one.nlookup)) {
+			PyErr_Clear(); /* no memory: Python may find some */
 			memcpy(&left[count++], &one, sizeof one);
+		}
 	}
 	if (!count) {
 		Py_DECREF(rest);
@@ -303,105 +307,4 @@ int in_lowers(Shortcuts *self, PyObject *parent, const char *name)
 			return LEAVE;
 	}
 	return 0;
-}
-
-/* A file whose only name goes lives on by descriptor while the kernel holds it: Removal._hold(). */
-static int hold(PyObject *node, const struct place *place)
-{
-	PyObject *extra = SLOT(node, shape.extra_at), *number;
-	int fd = openat(place->fd, place->name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
-
-	if (fd < 0)
-		return LEAVE;
-	number = PyLong_FromLong(fd);
-	if (number && extra == Py_None && (extra = new_extra()))
-		set_slot(node, shape.extra_at, extra);
-	if (!number || !extra) {
-		Py_XDECREF(number);
-		close(fd);
-		return FAILED;
-	}
-	set_slot(extra, shape.fd, number);
-	return ANSWERED;
-}
-
-static void let_go(PyObject *node)
-{
-	PyObject *extra = SLOT(node, shape.extra_at);
-	int error = errno;
-
-	close((int)slot_int(extra, shape.fd));
-	set_slot(extra, shape.fd, PyLong_FromLong(-1));
-	errno = error;
-}
-
-/* Removal._link_whiteout(), once the work directory has one to link. */
-static int link_whiteout(Shortcuts *self, int directory, const char *name)
-{
-	PyObject *spare = PyObject_GetAttr(self->upper, str_spare);
-	int rc = LEAVE;
-
-	if (!spare)
-		return FAILED;
-	if (PyBytes_Check(spare) && linkat(self->work_fd, PyBytes_AS_STRING(spare), directory, name, 0) == 0)
-		rc = ANSWERED;
-	Py_DECREF(spare);
-	return rc;
-}
-
-int do_unlink(Shortcuts *self, struct call *call)
-{
-	PyObject *parent = parent_of(self, call), *name, *node, *extra;
-	struct found found;
-	struct place place;
-	const char *text;
-	int fd, rc, below;
-
-	if (!parent || call->length < 2 || !self->writable || self->work_fd < 0 ||
-	    slot_int(parent, shape.layer) != UPPER || slot_int(parent, shape.flags) & FLAG_DEAD)
-		return LEAVE;
-	fd = directory_fd(self, parent, UPPER);
-	if (fd < 0)
-		return LEAVE;
-	name = PyBytes_FromStringAndSize(call->body, call->length - 1);
-	if (!name)
-		return FAILED;
-	text = PyBytes_AS_STRING(name);
-	node = PyDict_GetItemWithError(SLOT(parent, shape.children), name);
-	rc = node && Py_IS_TYPE(node, shape.node) ? find_name(self, parent, name, &found) : LEAVE;
-	if (!rc && (found.node != node || found.st.st_nlink > 1))
-		rc = LEAVE;
-	extra = rc ? Py_None : SLOT(node, shape.extra_at);
-	if (extra != Py_None && (slot_int(extra, shape.fd) >= 0 || SLOT(extra, shape.names) != Py_None ||
-				 SLOT(extra, shape.index) != Py_None || SLOT(extra, shape.key) != Py_None))
-		rc = LEAVE;
-	if (!rc && slot_int(node, shape.count) <= 0)
-		rc = LEAVE;
-	below = rc || found.layer != UPPER ? 0 : in_lowers(self, parent, text);
-	if (!rc && below)
-		rc = LEAVE; /* a whiteout takes the place of upper's file */
-	if (!rc)
-		rc = place_of(self, node, &place);
-	if (!rc)
-		rc = settled(self);
-	if (rc) {
-		Py_DECREF(name);
-		return rc;
-	}
-	Py_INCREF(node);
-	rc = hold(node, &place);
-	if (!rc) {
-		if (found.layer != UPPER)
-			rc = link_whiteout(self, fd, text);
-		else if (unlinkat(fd, text, 0) < 0)
-			rc = errno;
-		if (rc)
-			let_go(node);
-		else if (PyDict_DelItem(SLOT(parent, shape.children), name) < 0)
-			rc = FAILED;
-	}
-	Py_DECREF(node);
-	Py_DECREF(name);
-	call->size = 0;
-	return rc;
 }

@@ -264,6 +264,15 @@ PyObject *new_directory(Shortcuts *self, PyObject *parent, PyObject *name, const
 	return place(self, node, parent, name, st, layer, st->st_ino ^ self->layers[layer].mix, NULL);
 }
 
+/* Union._remember(): a descriptor of a directory is open, of its lower at `position` or of upper (-1). */
+int remember(Shortcuts *self, PyObject *directory, long position, int fd)
+{
+	PyObject *done = PyObject_CallFunction(self->remember, "Oli", directory, position, fd);
+
+	Py_XDECREF(done);
+	return done ? ANSWERED : FAILED;
+}
+
 /* As Extra.__init__ makes it. */
 PyObject *new_extra(void)
 {

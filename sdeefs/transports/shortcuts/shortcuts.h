@@ -137,8 +137,9 @@ PyObject *find_file(Shortcuts *self, uint64_t handle); /* the same, of an open f
 PyObject *new_node(Shortcuts *self, PyObject *parent, PyObject *name, const struct stat *st, long layer,
 		   uint64_t shown, PyObject *stamp);
 PyObject *new_directory(Shortcuts *self, PyObject *parent, PyObject *name, const struct stat *st, long layer,
-			PyObject *lowers); /* of lower, without descriptors */
+			PyObject *lowers); /* without descriptors */
 PyObject *new_extra(void);
+int remember(Shortcuts *self, PyObject *directory, long position, int fd); /* position -1: in upper */
 PyObject *kind_object(unsigned type); /* S_IFMT bits of a d_type; borrowed */
 PyObject *next_number(PyObject *owner, PyObject *attribute); /* and count it up */
 void close_later(Shortcuts *self, int fd); /* once the lock is given up */
@@ -177,10 +178,31 @@ int find_name(Shortcuts *self, PyObject *parent, PyObject *name, struct found *f
 int pack_found(Shortcuts *self, const struct found *found, struct fuse_entry_out *out);
 int has_xattr_whiteouts(Shortcuts *self, long layer); /* -1 with an exception */
 int in_lowers(Shortcuts *self, PyObject *parent, const char *name); /* 0, 1, or LEAVE */
+PyObject *parent_of(Shortcuts *self, struct call *call);
 int do_lookup(Shortcuts *self, struct call *call);
 int do_forget(Shortcuts *self, struct call *call);
 int do_batch_forget(Shortcuts *self, struct call *call);
+
+/* making.c */
+int do_create(Shortcuts *self, struct call *call);
+int do_mkdir(Shortcuts *self, struct call *call);
+int do_mknod(Shortcuts *self, struct call *call);
+int do_symlink(Shortcuts *self, struct call *call);
+
+/* removing.c */
+int hold(PyObject *node, const struct place *place);
+void let_go(PyObject *node);
 int do_unlink(Shortcuts *self, struct call *call);
+int do_rmdir(Shortcuts *self, struct call *call);
+
+/* renaming.c */
+int do_rename(Shortcuts *self, struct call *call);
+int do_rename2(Shortcuts *self, struct call *call);
+
+/* upper_directories.c */
+int open_upper(Shortcuts *self, PyObject *node, int above); /* `above`: its parent in upper, open */
+PyObject *made_directory(Shortcuts *self, PyObject *parent, PyObject *name, const struct stat *st, int above);
+int find_upper_directory(Shortcuts *self, PyObject *parent, PyObject *name, int fd, struct found *found);
 
 /* lower_directories.c */
 int is_crowded(Shortcuts *self);
@@ -195,8 +217,10 @@ int do_getxattr(Shortcuts *self, struct call *call);
 int do_listxattr(Shortcuts *self, struct call *call);
 
 /* files.c */
+int layer_flags(Shortcuts *self, uint32_t flags);
+int opened(Shortcuts *self, PyObject *node, int fd, const struct stat *st, int writable,
+	   struct fuse_open_out *out);
 int do_open(Shortcuts *self, struct call *call);
-int do_create(Shortcuts *self, struct call *call);
 int do_read(Shortcuts *self, struct call *call);
 int do_release(Shortcuts *self, struct call *call);
 

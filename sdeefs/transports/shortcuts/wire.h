@@ -10,7 +10,12 @@ enum {
 	FUSE_FORGET = 2,
 	FUSE_GETATTR = 3,
 	FUSE_SETATTR = 4,
+	FUSE_SYMLINK = 6,
+	FUSE_MKNOD = 8,
+	FUSE_MKDIR = 9,
 	FUSE_UNLINK = 10,
+	FUSE_RMDIR = 11,
+	FUSE_RENAME = 12,
 	FUSE_OPEN = 14,
 	FUSE_READ = 15,
 	FUSE_RELEASE = 18,
@@ -21,6 +26,7 @@ enum {
 	FUSE_CREATE = 35,
 	FUSE_BATCH_FORGET = 42,
 	FUSE_READDIRPLUS = 44,
+	FUSE_RENAME2 = 45,
 	FUSE_COPY_FILE_RANGE = 47,
 	FUSE_COPY_FILE_RANGE_64 = 53,
 };
@@ -59,6 +65,16 @@ struct fuse_setattr_in {
 	uint32_t valid, padding;
 	uint64_t fh, size, lock_owner, atime, mtime, ctime;
 	uint32_t atimensec, mtimensec, ctimensec, mode, unused4, uid, gid, unused5;
+};
+struct fuse_mknod_in {
+	uint32_t mode, rdev, umask, padding;
+};
+struct fuse_mkdir_in {
+	uint32_t mode, umask;
+};
+struct fuse_rename2_in {
+	uint64_t newdir;
+	uint32_t flags, padding;
 };
 struct fuse_open_in {
 	uint32_t flags, open_flags;
