@@ -40,6 +40,10 @@ class Usage(Exception):
     """A wrong argument, in one line."""
 
 
+class Help(Exception):
+    """--help stands among the options."""
+
+
 class Target:
     """A live instance to join. Owns its descriptors."""
 
@@ -56,7 +60,7 @@ class Target:
 
 
 def parse(arguments: "Sequence[str]") -> "Options":
-    """The options of run and shell, up to the command. Raises Usage."""
+    """The options of run and shell, up to the command. Raises Usage, Help."""
     found: Options = {
         "env": "", "engine": "", "binds": [], "rootless": False, "command": [],
     }  # fmt: skip
@@ -69,6 +73,8 @@ def parse(arguments: "Sequence[str]") -> "Options":
         if not word.startswith("-") or word == "-":
             break
         rest.pop(0)
+        if word in ("--help", "-h"):
+            raise Help
         name, equals, value = word.partition("=")
         if name == "--rootless" and not equals:
             found["rootless"] = True
@@ -95,10 +101,6 @@ def main(arguments: "Sequence[str]") -> int:
     """`sdee run …`, `sdee shell …`; the exit status."""
     protocol.take_early()
     word, *rest = arguments
-    if "-h" in rest[:1] or "--help" in rest[:1]:
-        from sdee_launch.cli import main as all_of_it
-
-        return all_of_it(arguments)
     try:
         options = parse(rest)
         command = options["command"]
@@ -112,6 +114,10 @@ def main(arguments: "Sequence[str]") -> int:
             command, options["env"], options["engine"], options["binds"],
             rootless=options["rootless"],
         )  # fmt: skip
+    except Help:
+        from sdee_launch.cli import main as all_of_it
+
+        return all_of_it(arguments)
     except Usage as error:
         print(f"sdee {word}: {error}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import sdee_launch
-from sdee_launch import protocol
+from sdee_launch import protocol, session
 
 PROGRAMS = ("sdee", "sdee-login", "sdeefs")
 #: Each of these costs a file to load, if not milliseconds; the first half of a session needs none.
@@ -63,6 +63,16 @@ def test_run_and_shell_have_a_help_of_their_own(word: str) -> None:
         for part in ("--env, -e NAME", "--engine auto|", "--bind SRC", "--rootless", "\nexample"):
             assert part in done.stdout
         assert max(map(len, done.stdout.splitlines())) <= 102
+        for before in (("--env", "x"), ("-e", "x", "--engine=fuse", "--rootless")):
+            assert _run(_program("sdee"), word, *before, option).stdout == done.stdout
+        assert _run(_program("sdee"), word, "--env", "x", f"{option}x").returncode == 2
+
+
+@pytest.mark.parametrize("line", ["ls --help", "-- --help", "-- ls -h", "- -h"])
+def test_help_behind_the_options_is_the_command_s(line: str) -> None:
+    command = line.removeprefix("-- ").split()
+    assert session.parse(line.split())["command"] == command
+    assert session.parse(["--env", "x", *line.split()])["command"] == command
 
 
 @pytest.mark.parametrize(
@@ -168,6 +178,8 @@ ASKED = (
     (("run", "--env"), False),
     (("run",), False),
     (("run", "--help"), False),
+    (("run", "--env", "x", "--help"), False),
+    (("run", "--env", "x", "--", "--help"), True),
     (("shell", "true"), False),
     (("run", "--bind", "/" + "x" * 3000, "true"), False),
 )
