@@ -95,6 +95,7 @@ def _run(options: argparse.Namespace, store: Store, settings: config.Settings) -
         with store.open(options.old) as environment:
             _refuse_if_used(environment)
         store.rename(options.old, options.new)
+        _rename_spool(store, settings, options.old, options.new)
         return 0
     if what == "rm":
         for name in options.names:
@@ -167,6 +168,21 @@ def _clear_spool(store: Store, settings: config.Settings, names: list[str]) -> N
                 " removes it when there are none",
                 file=sys.stderr,
             )
+
+
+def _rename_spool(store: Store, settings: config.Settings, old: str, new: str) -> None:
+    """Take the generations along; under the old name they go, unless a job may want them."""
+    from sdee_launch.deploy import renamed, retired
+    from sdee_launch.deploy.errors import DeployProblem
+
+    account = my_account()
+    try:
+        # What a removed environment of the new name has left is no part of this one.
+        retired.clear(account, settings, set(store.names()) - {new})
+        renamed.take_over(account, settings, old, new)
+    except (DeployProblem, OSError) as error:
+        print(f"sdee: the next job of {new} takes all of it along: {error}", file=sys.stderr)
+    _clear_spool(store, settings, [old])
 
 
 def _refuse_if_used(environment: Environment) -> None:

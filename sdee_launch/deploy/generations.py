@@ -87,9 +87,13 @@ class State:
                 return text
         except FileNotFoundError:
             pass
-        text = os.urandom(8).hex()
-        self.put("identity", text.encode() + b"\n")
-        return text
+        return self.new_identity()
+
+    def new_identity(self) -> str:
+        """Nothing that nodes have is of this directory any more."""
+        self.identity = os.urandom(8).hex()
+        self.put("identity", self.identity.encode() + b"\n")
+        return self.identity
 
     def put(self, name: str, data: bytes) -> None:
         """Write a small file so that it is there whole or not at all."""

@@ -113,26 +113,58 @@ def test_generations_go_with_their_environment(
     assert [x.name for x in (tmp_path / "spool").iterdir()] == ["other"]
 
 
-def test_env_rm_says_what_it_leaves(
-    sdee: Sdee, alice: User, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    spool = alice.home / ".local/share/sdee/spool" / ENVIRONMENT
+@pytest.fixture
+def squeue(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What `sdee` takes for Slurm's: a script, which says that there is a job."""
     with tempfile.TemporaryDirectory(dir="/var/tmp") as name:  # alice can't reach pytest's own
-        squeue = Path(name, "squeue")
-        squeue.write_text("#!/bin/sh\necho 7\n")
-        for path in (squeue, squeue.parent):
-            path.chmod(0o755)
+        path = Path(name, "squeue")
+        path.write_text("#!/bin/sh\necho 7\n")
+        for one in (path, path.parent):
+            one.chmod(0o755)
         monkeypatch.setenv("PATH", f"{name}:{os.environ['PATH']}")
-        sdee("deploy", "push", *OURS)
-        assert f"{spool} stays" in sdee("env", "rm", ENVIRONMENT).stderr
-        assert sdee("cache", "prune", "--json").stderr == "" and spool.exists()
-        squeue.write_text("#!/bin/sh\n")
-        assert f"removed {spool}" in sdee("cache", "prune", "--json").stderr
-        assert not spool.exists()
-        sdee("env", "create", ENVIRONMENT)
-        sdee("deploy", "push", *OURS)
-        assert sdee("env", "rm", ENVIRONMENT).stderr == "" and not spool.exists()
+        yield path
+
+
+def test_env_rm_says_what_it_leaves(sdee: Sdee, alice: User, squeue: Path) -> None:
+    spool = alice.home / ".local/share/sdee/spool" / ENVIRONMENT
+    sdee("deploy", "push", *OURS)
+    assert f"{spool} stays" in sdee("env", "rm", ENVIRONMENT).stderr
+    assert sdee("cache", "prune", "--json").stderr == "" and spool.exists()
+    squeue.write_text("#!/bin/sh\n")
+    assert f"removed {spool}" in sdee("cache", "prune", "--json").stderr
+    assert not spool.exists()
     sdee("env", "create", ENVIRONMENT)
+    sdee("deploy", "push", *OURS)
+    assert sdee("env", "rm", ENVIRONMENT).stderr == "" and not spool.exists()
+    sdee("env", "create", ENVIRONMENT)
+
+
+def test_env_rename_takes_the_generations_along(sdee: Sdee, alice: User, squeue: Path) -> None:
+    spool = alice.home / ".local/share/sdee/spool"
+    old, new = spool / ENVIRONMENT, spool / "renamed"
+
+    def identity(path: Path) -> str:
+        return (path / "identity").read_text()
+
+    assert sdee("env", "rename", ENVIRONMENT, "renamed").stderr == ""  # it never travelled
+    assert sdee("env", "rename", "renamed", ENVIRONMENT).stderr == ""
+    sdee("deploy", "push", *OURS)
+    known, files = identity(old), {"1.manifest", "1.pack", "1.json"}
+    assert f"{old} stays" in sdee("env", "rename", ENVIRONMENT, "renamed").stderr
+    # The job in the queue finds what it was promised, and nodes know what they have.
+    assert files < set(os.listdir(old)) and files < set(os.listdir(new))
+    assert identity(new) == known != identity(old)
+    assert "renamed@1: nothing has changed" in sdee("deploy", "push", "--env", "renamed").stdout
+    assert "renamed@1" in sdee("deploy", "status", "--env", "renamed").stdout
+    # One of the same name begins with what is there, for nodes that have nothing of it.
+    sdee("env", "create", ENVIRONMENT)
+    assert f"{ENVIRONMENT}@2: 0 new files" in sdee("deploy", "push", *OURS).stdout
+    sdee("env", "rm", ENVIRONMENT)
+    squeue.write_text("#!/bin/sh\n")
+    assert sdee("env", "rename", "renamed", ENVIRONMENT).stderr == ""
+    assert identity(old) == known and not new.exists()
+    assert f"{ENVIRONMENT}@1: nothing has changed" in sdee("deploy", "push", *OURS).stdout
+    assert [x.name for x in spool.iterdir()] == [ENVIRONMENT]
 
 
 def test_mistakes_get_one_line(sdee: Sdee) -> None:
