@@ -23,6 +23,7 @@ _MODULES = {
     "job": "sdee_launch.slurm.command",
     "jobs": "sdee_launch.slurm.command",
     "node": "sdee_launch.slurm.command",
+    "health": "sdee_launch.slurm.health",
     "srun": "sdee_launch.slurm.command",
     "sbatch": "sdee_launch.slurm.command",
     "salloc": "sdee_launch.slurm.command",
@@ -47,7 +48,7 @@ Environments: root of one's own over the host's /.
   deploy, cache      the way of an environment to other nodes
   jobs, job, srun, sbatch, salloc
                      jobs in environments
-  daemon, install, uninstall, node
+  daemon, install, uninstall, node, health
                      for administrators
 
 sdee COMMAND --help tells more."""

@@ -17,6 +17,8 @@ COMMANDS = (
     "sbcast", "sstat", "sprio",
 )  # fmt: skip
 
+#: Where programs are that a PATH may lack.
+MORE_PATH = "/usr/sbin:/usr/local/sbin:/opt/slurm/sbin:/opt/slurm/bin"
 _BIN_DIRECTORIES = ("/usr/bin", "/usr/local/bin", "/opt/slurm/bin")
 
 

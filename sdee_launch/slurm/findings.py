@@ -9,12 +9,10 @@ import subprocess
 from pathlib import Path
 
 from mount_helpers.probe import Finding
-from sdee_launch.slurm import conf, identity, install
+from sdee_launch.slurm import conf, health, identity, install
 
 #: One of these is on every machine of a cluster.
 _PROGRAMS = ("slurmd", "sbatch")
-#: Where programs are that a user's PATH may lack.
-_MORE_PATH = "/usr/sbin:/usr/local/sbin:/opt/slurm/sbin:/opt/slurm/bin"
 #: Seconds in which munged answers.
 _PATIENCE = 10
 _MEND = "root: sdee install --slurm (without it: sdee srun, sdee sbatch)"
@@ -24,7 +22,7 @@ def findings() -> list[Finding]:
     """The configuration, our plugin and hooks in it, and munge."""
     place = conf.directory()
     if place is None:
-        path = f"{os.environ.get('PATH', os.defpath)}:{_MORE_PATH}"
+        path = f"{os.environ.get('PATH', os.defpath)}:{conf.MORE_PATH}"
         if not any(shutil.which(name, path=path) for name in _PROGRAMS):
             return []
     file = (place or Path("/etc/slurm")) / "slurm.conf"
@@ -42,6 +40,7 @@ def findings() -> list[Finding]:
         Finding("slurm", True, f"read {file}", f"cluster {parameters.get('clustername', '?')}"),
         _plugin(Path(parameters.get("plugstackconfig", file.parent / "plugstack.conf"))),
         _hooks(file, text, parameters),
+        _health(file, parameters),
     ]
     if parameters.get("authtype", "auth/munge").lower() == "auth/munge":
         found.append(_munge())
@@ -132,6 +131,25 @@ def _calls(value: str, ours: str) -> bool:
             if any(ours in line and not line.lstrip().startswith("#") for line in lines):
                 return True
     return False
+
+
+def _health(file: Path, parameters: dict[str, str]) -> Finding:
+    """Whether nodes are drained on which no environment can start."""
+    tried = f"HealthCheckProgram and HealthCheckInterval in {file}"
+    program = health.program(parameters)
+    lines = ", ".join(health.slurm_conf_lines(Path(identity.LIBRARY)))
+    if not program:
+        return Finding(
+            "slurm-health", False, tried,
+            "nothing is run: a node without sdeed fails one job after the other",
+            f"root: {lines}, then scontrol reconfigure",
+        )  # fmt: skip
+    if health.is_ours(program):
+        return Finding("slurm-health", True, tried, f"{program}: nodes without sdeed are drained")
+    # What runs other checks has ways of its own to name them.
+    return Finding(
+        "slurm-health", True, tried, f"{program}; `sdee health` should be one of its checks"
+    )
 
 
 def _munge() -> Finding:

@@ -1,7 +1,8 @@
 """Prolog and Epilog: `python -I -m sdee_launch.slurm.hook prolog|epilog`, as root, by slurmd.
 
-A Prolog that fails would drain the node. So it never does: what went wrong is written where the
-job's steps find it, and told to the controller, so that no node of the job starts it.
+A Prolog that fails would drain the node and hold the job. So it never does: what went wrong is
+written where the job's steps find it, and told to the controller, so that no node of the job starts
+it. (A node without a daemon is drained, but only where health.py will use it again.)
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ PATIENCE = 6.0
 REPLY_SECONDS = 3600.0
 
 
-def _request(op: str, patience: float = PATIENCE, **fields: object) -> dict[str, object]:
-    protocol.REPLY_TIMEOUT = REPLY_SECONDS
+def request(
+    op: str, patience: float = PATIENCE, seconds: float = REPLY_SECONDS, **fields: object
+) -> dict[str, object]:
+    """The daemon's answer. Raises Unavailable, Refused."""
+    protocol.REPLY_TIMEOUT = seconds
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -65,6 +69,18 @@ def _tell_controller(job: int, node: str, reason: str) -> None:
         print(f"sdee: the controller was not told: {error}", file=sys.stderr)
 
 
+def _drain(node: str, reason: str) -> None:
+    """The next jobs needn't fail, too: where the site has health checks, one will undo this."""
+    from sdee_launch.slurm import health
+
+    try:
+        said = health.drain_at_once(node, reason)
+    except health.SlurmProblem as error:
+        said = str(error)
+    if said:
+        print(f"sdee: {said}", file=sys.stderr)
+
+
 def prolog(environment: Mapping[str, str]) -> int:
     """Have the job's instance made on this node."""
     reference = environment.get("SPANK_SDEE_REF")
@@ -77,16 +93,19 @@ def prolog(environment: Mapping[str, str]) -> int:
         for name, value in environment.items()
         if name.startswith("SPANK_SDEE_")
     }
+    absent = False
     try:
-        _request("job-prepare", job=job, uid=uid, node=node, wanted=wanted)
+        request("job-prepare", job=job, uid=uid, node=node, wanted=wanted)
         return 0
     except protocol.Refused as error:
         reason = str(error)
     except protocol.Unavailable as error:
-        reason = f"no sdeed on the node: {error}"
+        reason, absent = f"no sdeed on the node: {error}", True
     if records.read(job) is None:
         records.write(records.Record(job, uid, reference, failure=reason))
     print(f"sdee: job {job}: {reason}", file=sys.stderr)
+    if absent:
+        _drain(node, reason)
     _tell_controller(job, node, reason)
     return 0
 
@@ -100,7 +119,7 @@ def epilog(environment: Mapping[str, str]) -> int:
     nothing = bool(record.failure) and not record.place
     try:
         # Where nothing was made, the node isn't held up for a daemon that isn't there.
-        _request("job-end", 0.0 if nothing else PATIENCE, job=job)
+        request("job-end", 0.0 if nothing else PATIENCE, job=job)
     except (protocol.Refused, protocol.Unavailable) as error:
         if nothing:
             records.forget(job)

@@ -9,11 +9,13 @@ import sys
 from importlib import resources
 from pathlib import Path
 
-from sdee_launch.slurm import conf, identity, records
+from sdee_launch.slurm import conf, health, identity, records
 
 PLUGIN = "spank_sdee.so"
 #: What slurm.conf must say. DeferBatch: a batch job starts when all its nodes are ready.
 FLAGS = ("Alloc", "Contain", "DeferBatch")
+#: Parameters that name programs of ours.
+_RUN = ("prolog", "epilog", "healthcheckprogram")
 _BEGIN, _END = "# sdee: begin", "# sdee: end"
 
 
@@ -70,15 +72,36 @@ _EPILOG = """\
 {python} -I -m sdee_launch.slurm.hook epilog
 exit 0
 """
+_HEALTH = """\
+#!/bin/sh
+# HealthCheckProgram of SDEE: drains this node while no environment can start on it.
+said=$({python} -I -m sdee_launch health --drain 2>&1)
+status=$?
+case $said in *"{mark}"*) echo "$said"; exit $status ;; esac
+# What can't run doesn't drain: this does.
+PATH=${{PATH:-/usr/bin:/bin}}:{path}
+node=${{SLURMD_NODENAME:-$(uname -n | cut -d. -f1)}}
+why="{mark}it can't run: $(printf '%s' "$said" | tail -n 1 | cut -c 1-200)"
+echo "$why"
+case $(scontrol show node -o "$node") in *State=*DRAIN* | *State=*DOWN*) ;;
+*) scontrol update NodeName="$node" State=DRAIN Reason="$why" ;;
+esac
+exit 1
+"""
+
+_SCRIPTS = {"sdee-prolog": _PROLOG, "sdee-epilog": _EPILOG, health.SCRIPT: _HEALTH}
 
 
 def write_hooks(directory: Path, python: str = sys.executable) -> list[Path]:
     """The scripts that slurmd calls."""
     directory.mkdir(mode=0o755, parents=True, exist_ok=True)
     written = []
-    for name, text in (("sdee-prolog", _PROLOG), ("sdee-epilog", _EPILOG)):
+    words = {
+        "python": python, "jobs": records.DIRECTORY, "mark": health.MARK, "path": conf.MORE_PATH,
+    }  # fmt: skip
+    for name, text in _SCRIPTS.items():
         path = directory / name
-        path.write_text(text.format(python=python, jobs=records.DIRECTORY))
+        path.write_text(text.format(**words))
         path.chmod(0o755)
         written.append(path)
     return written
@@ -119,7 +142,7 @@ def install(root: Path = Path("/"), write: bool = True, python: str = sys.execut
     stack, lines = plugstack_line(library, python), slurm_conf_lines(library)
     if not write:
         return [
-            f"{library}: build {PLUGIN}, {identity.CLIENT}, sdee-prolog, sdee-epilog",
+            f"{library}: build {PLUGIN}, {identity.CLIENT}, {', '.join(_SCRIPTS)}",
             f"{plugstack}:", f"    {stack}",
             f"{slurm_conf} (the same on all machines):", *(f"    {line}" for line in lines),
         ]  # fmt: skip
@@ -138,6 +161,9 @@ def install(root: Path = Path("/"), write: bool = True, python: str = sys.execut
         said += [f"{slurm_conf} is left alone", *(f"    {x}" for x in beside(taken, library))]
     else:
         said += [f"there is no {slurm_conf}; it needs:", *(f"    {x}" for x in lines)]
+    if not (there and health.is_ours(health.program(conf.parse(conf.text_of(slurm_conf, root))))):
+        said.append("lest a node without sdeed fails one job after the other, slurm.conf may say:")
+        said += [f"    {x}" for x in health.slurm_conf_lines(library)]
     said.append("then, on the controller: scontrol reconfigure")
     return said
 
@@ -187,10 +213,11 @@ def uninstall(root: Path = Path("/")) -> list[str]:
         if path.exists() and _put_block(path, []):
             said.append(f"{path}: our lines removed")
     if slurm_conf.exists():
-        left = [x for x in _taken(slurm_conf, root).values() if identity.LIBRARY in x]
+        found = conf.parse(conf.text_of(slurm_conf, root))
+        left = [v for name, v in found.items() if name in _RUN and identity.LIBRARY in v]
         if left:
             said.append(f"{slurm_conf} names {' and '.join(left)}: take that out, or nodes drain")
-    for name in (PLUGIN, identity.CLIENT, "sdee-prolog", "sdee-epilog"):
+    for name in (PLUGIN, identity.CLIENT, *_SCRIPTS):
         path = root / identity.LIBRARY.lstrip("/") / name
         if path.exists():
             path.unlink()

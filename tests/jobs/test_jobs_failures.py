@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from sdee_launch.slurm import records
+from sdee_launch.slurm import health, records
 from tests.conftest import User
 from tests.jobs.cluster_lab import wait_for
-from tests.jobs.jobs_lab import SdeeCluster
+from tests.jobs.jobs_lab import LIBRARY, SdeeCluster
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -184,6 +184,69 @@ def test_a_job_fails_with_the_reason_where_no_daemon_runs(
         cluster.wait_daemon("n3")
     cluster.wait_idle()
     assert cluster.inside("srun -w n3 cat /etc/whose", alice.name).ok() == "alice\n"
+    cluster.wait_clean()
+
+
+@contextlib.contextmanager
+def health_checks(cluster: SdeeCluster, seconds: int) -> Iterator[None]:
+    """Slurm runs ours on all nodes."""
+    path = cluster.directory / "etc-slurm" / "slurm.conf"
+    before = path.read_text()
+    more = f"HealthCheckProgram={LIBRARY}/sdee-health\nHealthCheckInterval={seconds}\n"
+    reconfigure = ["scontrol", "reconfigure"]
+    path.write_text(before + more)
+    try:
+        cluster.run("login1", reconfigure).ok()
+        yield
+    finally:
+        path.write_text(before)
+        cluster.run("login1", reconfigure).ok()
+
+
+def node_state(cluster: SdeeCluster, node: str) -> tuple[str, str]:
+    """State and reason."""
+    return health.parse_node(cluster.run("login1", ["scontrol", "show", "node", "-o", node]).ok())
+
+
+def test_a_node_without_daemon_is_drained_until_it_has_one(
+    cluster: SdeeCluster, alice: User
+) -> None:
+    """By Slurm's health check, or by the first job that meets it."""
+    check = ["sdee", "health", "--drain"]
+
+    def drained() -> str:
+        state, reason = node_state(cluster, "n3")
+        return reason if state == "IDLE+DRAIN" else ""
+
+    # (A check takes 6 s where no daemon is; its next must not begin before it has ended.)
+    for seconds in (10, 3600):
+        with health_checks(cluster, seconds):
+            cluster.kill_daemon("n3")
+            try:
+                if seconds == 3600:
+                    done = cluster.inside("srun -w n3 touch ~/outside", alice.name)
+                    assert done.code != 0 and "no sdeed" in done.err
+                    assert "DRAIN" in node_state(cluster, "n3")[0]
+                wait_for(drained, "n3 is drained")
+                assert drained().startswith("sdee health: no sdeed")
+                plain = cluster.run("login1", ["srun", "-N1", "hostname"], alice.name)
+                assert plain.ok() in ("n1\n", "n2\n")
+            finally:
+                cluster.start_daemon("n3")
+                cluster.wait_daemon("n3")
+            if seconds == 3600:
+                assert cluster.run("n3", check).ok() == "sdee health: well (n3 is used again)\n"
+            wait_for(lambda: node_state(cluster, "n3") == ("IDLE", ""), "n3 is used again")
+    assert cluster.inside("srun -w n3 cat /etc/whose", alice.name).ok() == "alice\n"
+    # What somebody else wants is left alone.
+    update = ["scontrol", "update", "NodeName=n3"]
+    cluster.run("n3", [*update, "State=DRAIN", "Reason=a disk"]).ok()
+    try:
+        assert cluster.run("n3", check).ok() == "sdee health: well\n"
+        assert node_state(cluster, "n3") == ("IDLE+DRAIN", "a disk")
+    finally:
+        cluster.run("n3", [*update, "State=RESUME"]).ok()
+    cluster.wait_idle()
     cluster.wait_clean()
 
 

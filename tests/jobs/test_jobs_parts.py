@@ -13,7 +13,7 @@ from typing import cast
 import pytest
 import trio
 
-from sdee_launch import protocol
+from sdee_launch import cli, protocol
 from sdee_launch.config import Settings
 from sdee_launch.daemon import Daemon
 from sdee_launch.daemon_ops import Reply, Request
@@ -23,6 +23,7 @@ from sdee_launch.slurm import (
     conf,
     daemon_jobs,
     findings,
+    health,
     hook,
     identity,
     install,
@@ -168,7 +169,7 @@ def test_epilog_waits_for_no_daemon_where_nothing_was_made(
 def test_prolog_s_last_resort_is_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a Python that works, the shell alone sees to it that no task runs outside."""
     monkeypatch.setattr(records, "DIRECTORY", tmp_path / "jobs")
-    prolog, epilog = install.write_hooks(tmp_path / "hooks", python="/bin/false")
+    prolog, epilog, _ = install.write_hooks(tmp_path / "hooks", python="/bin/false")
     variables = {
         "PATH": "/usr/bin:/bin", "SPANK_SDEE_REF": "a@1", "SLURM_JOB_ID": "12",
         "SLURM_JOB_UID": "77", "SLURMD_NODENAME": "n1",
@@ -178,6 +179,129 @@ def test_prolog_s_last_resort_is_a_record(tmp_path: Path, monkeypatch: pytest.Mo
     record = records.read(12, tmp_path / "jobs")
     assert record is not None
     assert (record.uid, record.failure) == (77, "the Prolog of SDEE could not run")
+
+
+def test_health_names_the_first_thing_that_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SDEED_SOCKET", str(tmp_path / "none"))
+    monkeypatch.setenv("SDEE_CONFIG", str(tmp_path / "sdee.toml"))
+    monkeypatch.setattr(hook, "PATIENCE", 0.0)
+    monkeypatch.setattr(health, "JOBS", str(tmp_path / "jobs"))
+    (tmp_path / "sdee.toml").write_text(f"[deploy]\ncache = '{tmp_path}/cache/deep'\n")
+    assert str(tmp_path / "none") in health.problem()
+    monkeypatch.setattr(protocol, "request", lambda *a, **k: ({"version": "1"}, []))
+    assert health.problem() == ""
+    assert cli.main(["health"]) == 0
+    (tmp_path / "cache").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", tmp_path / "cache"]
+    subprocess.run(mount, check=True, timeout=60)
+    try:
+        assert health.problem() == f"{tmp_path}/cache/deep: the disk is full"
+        subprocess.run(["mount", "-o", "remount,ro", tmp_path / "cache"], check=True, timeout=60)
+        assert "read-only" in health.problem()
+    finally:
+        subprocess.run(["umount", tmp_path / "cache"], check=True, timeout=60)
+    (tmp_path / "sdee.toml").write_text("[nonsense]\n")
+    assert "nonsense" in health.problem()
+    assert cli.main(["health"]) == 1
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["sdee health: well", f"sdee health: {health.problem()}"]
+
+
+NODE = "NodeName=n1 Arch=x86_64 State={} ThreadsPerCore=1 MCS_label=N/A Reason={} Comment=[a@b]"
+
+
+@pytest.mark.parametrize(
+    ("state", "reason", "ill", "told"),
+    [
+        ("IDLE", "", True, "State=DRAIN Reason=sdee health: no sdeed"),
+        ("IDLE", "", False, ""),
+        ("IDLE+DRAIN", "a disk [root@2026-11-29T11:00:00]", True, ""),
+        ("IDLE+DRAIN", "a disk [root@2026-11-29T11:00:00]", False, ""),
+        ("DOWN*", "Not responding [slurm@2026-11-29T11:00:00]", True, ""),
+        ("MIXED+DRAIN", "sdee health: no [x] [root@2026-11-29T11:00:00]", False, "State=UNDRAIN"),
+        ("MIXED", "sdee health: no [x] [root@2026-11-29T11:00:00]", False, ""),
+    ],
+)
+def test_health_drains_and_undoes_only_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str, reason: str, ill: bool, told: str
+) -> None:
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text(
+        f"#!/bin/sh\n[ $1 = update ] || exec echo '{NODE.format(state, reason)}'\n"
+        f'shift; echo "$*" >> {tmp_path}/told\n'
+    )
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    done = health.drain("n1", "no\nsdeed") if ill else health.use_again("n1")
+    assert bool(done) == bool(told or ill)
+    written = (tmp_path / "told").read_text() if told else ""
+    assert written == (told and f"NodeName=n1 {told}\n")
+    assert (tmp_path / "told").exists() == bool(told)
+    if not ill or told:
+        return
+    scontrol.write_text("#!/bin/sh\necho slurm_load_node error: no controller >&2; exit 1\n")
+    with pytest.raises(health.SlurmProblem, match="no controller"):
+        health.drain("n1", "no sdeed")
+
+
+def test_health_check_s_last_resort_is_the_shell(tmp_path: Path) -> None:
+    """Without a Python that works the node is drained all the same, once."""
+    python, scontrol = tmp_path / "python", tmp_path / "scontrol"
+    scontrol.write_text(
+        f"#!/bin/sh\n[ $1 = update ] || exec echo NodeName=n1 State=$(cat {tmp_path}/state) x=y\n"
+        f'echo IDLE+DRAIN > {tmp_path}/state; for x; do echo "$x"; done >> {tmp_path}/told\n'
+    )
+    (tmp_path / "state").write_text("IDLE\n")
+    install.write_hooks(tmp_path / "hooks", python=str(python))
+    variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURMD_NODENAME": "n1"}
+
+    def check(text: str) -> tuple[int, str]:
+        for path, content in ((scontrol, scontrol.read_text()), (python, f"#!/bin/sh\n{text}\n")):
+            path.write_text(content)
+            path.chmod(0o755)
+        done = subprocess.run(
+            [tmp_path / "hooks" / health.SCRIPT], timeout=20, env=variables, text=True,
+            stdout=subprocess.PIPE,
+        )  # fmt: skip
+        return done.returncode, done.stdout
+
+    assert check("echo a warning >&2; echo sdee health: well") == (
+        0, "a warning\nsdee health: well\n",
+    )  # fmt: skip
+    assert check("echo sdee health: no sdeed; exit 1") == (1, "sdee health: no sdeed\n")
+    assert not (tmp_path / "told").exists()
+    why = "sdee health: it can't run: ModuleNotFoundError: No module named 'sdee_launch'"
+    for _ in range(2):
+        broken = f'echo Traceback >&2; echo "{why.partition("run: ")[2]}" >&2; exit 1'
+        assert check(broken) == (1, f"{why}\n")
+    told = (tmp_path / "told").read_text().splitlines()
+    assert told == ["update", "NodeName=n1", "State=DRAIN", f"Reason={why}"]
+
+
+def test_prolog_drains_only_where_a_health_check_undoes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drained: list[tuple[str, str]] = []
+    monkeypatch.setattr(health, "drain", lambda *words: drained.append(words) or "n1 drains")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    site = tmp_path / "checks"
+    site.write_text(f"#!/bin/sh\n# not {health.SCRIPT}\n")
+    text = f"HealthCheckProgram={tmp_path}/x/{health.SCRIPT}\n"
+    for content, drains in (
+        ("", False),
+        (text, False),
+        (text + "HealthCheckInterval=0\n", False),
+        (text + "HealthCheckInterval=60\n", True),
+        (f"HealthCheckProgram={site}\nHealthCheckInterval=60\n", False),
+    ):
+        (tmp_path / "slurm.conf").write_text(content)
+        assert health.drain_at_once("n1", "why") == ("n1 drains" if drains else "")
+        assert drained == ([("n1", "why")] if drains else [])
+        drained.clear()
+    site.write_text(f"#!/bin/sh\n/usr/lib/sdee/{health.SCRIPT}\n")
+    assert health.drain_at_once("n1", "why")
 
 
 def test_a_slow_snapshot_or_deployment_is_waited_for(
@@ -194,7 +318,7 @@ def test_a_slow_snapshot_or_deployment_is_waited_for(
     monkeypatch.setattr(protocol, "request", request)
     for op, ask in (
         ("job-submit", lambda: submit.main(["--sdee", "main"])),
-        ("job-prepare", lambda: hook._request("job-prepare")),
+        ("job-prepare", lambda: hook.request("job-prepare")),
     ):
         monkeypatch.setattr(protocol, "REPLY_TIMEOUT", 120.0)
         ask()
@@ -285,6 +409,7 @@ def test_install_writes_and_takes_back(tmp_path: Path, monkeypatch: pytest.Monke
     assert "PrologFlags=Alloc,Contain,DeferBatch\n" in after[etc / "slurm.conf"]
     install.install(tmp_path)
     assert after == {path: path.read_text() for path in etc.iterdir()}
+    assert any(f"HealthCheckProgram={identity.LIBRARY}/sdee-health" in line for line in first)
     library = tmp_path / identity.LIBRARY.lstrip("/")
     plain = subprocess.run([library / "sdee-prolog"], check=False, timeout=20, env={})
     assert plain.returncode == 0
@@ -310,8 +435,13 @@ def test_install_leaves_a_site_s_own_prolog_alone(
     assert "PrologFlags=X11,contain,Alloc,DeferBatch" in said
     assert f"Epilog={identity.LIBRARY}/sdee-epilog" in said
     assert (etc / "slurm.conf").read_text() == text
-    (etc / "more.conf").write_text(f"Prolog={ours}\nEpilog=/site/epilog\n")
-    assert any(f"names {ours}: take that out" in x for x in install.uninstall(tmp_path))
+    health_ = f"HealthCheckProgram={identity.LIBRARY}/sdee-health\nHealthCheckInterval=60\n"
+    (etc / "more.conf").write_text(f"Prolog={ours}\nEpilog=/site/epilog\n{health_}")
+    assert not any("HealthCheck" in line for line in install.install(tmp_path))
+    assert any(
+        f"names {ours} and {identity.LIBRARY}/sdee-health: take" in x
+        for x in install.uninstall(tmp_path)
+    )
 
 
 def test_doctor_says_nothing_of_slurm_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -369,6 +499,13 @@ def test_doctor_says_what_slurm_lacks(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "/site/other stays; add this line" in said["slurm-hooks"][1] and "munge" not in said
     site.write_text(f"#!/bin/sh\n[ ! -x {library}/sdee-prolog ] || {library}/sdee-prolog\n")
     assert found()["slurm-hooks"][0]
+
+    assert not found()["slurm-health"][0]
+    program = f"{library}/sdee-health"
+    slurm_conf.write_text(f"HealthCheckProgram={program}\nHealthCheckInterval=60\n")
+    assert found()["slurm-health"] == (True, f"{program}: nodes without sdeed are drained")
+    slurm_conf.write_text("HealthCheckProgram=/usr/sbin/nhc\nHealthCheckInterval=60\n")
+    assert "`sdee health`" in found()["slurm-health"][1]
 
 
 def test_client_program_runs_the_real_command_as_the_user(tmp_path: Path) -> None:
