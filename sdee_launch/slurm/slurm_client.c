@@ -10,6 +10,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -54,13 +55,40 @@ static unsigned long outside(const char *path)
 	return 0;
 }
 
+/* Whether a path is on one of the instance's own file systems in memory, as /tmp is. */
+static int in_memory(const char *path)
+{
+	char line[2 * PATH_MAX], point[PATH_MAX];
+	size_t longest = 0;
+	int found = 0;
+	FILE *file = fopen("/proc/self/mountinfo", "re");
+
+	while (file && fgets(line, sizeof line, file)) {
+		if (sscanf(line, "%*s %*s %*s %*s %4095s", point) != 1)
+			continue;
+		size_t length = strcmp(point, "/") ? strlen(point) : 0;
+		if (length >= longest && !strncmp(path, point, length) && strchr("/", path[length])) {
+			longest = length;
+			found = strstr(line, " - tmpfs sdee ") != NULL;
+		}
+	}
+	if (file)
+		fclose(file);
+	return found;
+}
+
 int main(int argc, char **argv)
 {
 	char path[256], map[64];
 
-	(void) argc;
 	name = strrchr(argv[0], '/') ? strrchr(argv[0], '/') + 1 : argv[0];
 	snprintf(path, sizeof path, "%s/%s", REAL, name);
+	/* Slurm's daemons are outside: they write to the nodes' own. */
+	if (!strcmp(name, "sbcast") && argc > 2 && *argv[argc - 1] == '/' && in_memory(argv[argc - 1]))
+		fprintf(stderr,
+			"sbcast: sdee: tasks don't see %s of the nodes, but their environment's own; take a "
+			"directory in your home, or show them /tmp of the nodes, by binds = [\"/tmp\"] below "
+			"[instance] in ~/.config/sdee/sdee.toml\n", argv[argc - 1]);
 	if (!getuid()) {
 		unsigned long uid = outside("/proc/self/uid_map");
 		unsigned long gid = outside("/proc/self/gid_map");

@@ -67,6 +67,32 @@ def test_only_what_changed_travels(cluster: SdeeCluster, alice: User, transport:
     assert seen.split().count("small") == 3
 
 
+@pytest.mark.parametrize("transport", ["shared", "sbcast"])
+def test_a_new_name_changes_nothing_for_jobs(
+    cluster: SdeeCluster, alice: User, transport: str
+) -> None:
+    """Neither for one in the queue, nor for what the nodes have already."""
+    how, old, new = {"SDEE_JOB_TRANSPORT": transport}, f"old-{transport}", f"new-{transport}"
+    line = (
+        "head -c 3000000 /dev/urandom > /opt/blob; echo before > /etc/named; srun -N3 true; "
+        f"sbatch --parsable -H -w n1 -o {old}.out --wrap 'cat /etc/named'"
+    )
+    job = cluster.inside(line, alice.name, old, env=how).ok().split()[-1]
+    said = cluster.run("login1", ["sdee", "env", "rename", old, new], alice.name)
+    said.ok()
+    assert f"spool/{'' if transport == 'shared' else alice.uid}" in said.err
+    line = "echo after > /etc/named; srun -N3 cat /etc/named"
+    assert cluster.inside(line, alice.name, new, env=how).ok() == "after\n" * 3
+    assert 0 < deployed(cluster, alice) < 3 * 25_000
+    cluster.run("n1", "rm -rf /var/lib/sdee/cache/*").ok()  # it has to come once more
+    cluster.run("login1", ["scontrol", "release", job]).ok()
+    wait_for(lambda: read(alice.home / f"{old}.out"), "output of the held job")
+    assert read(alice.home / f"{old}.out") == "before\n"
+    wait_for(lambda: not cluster.run("login1", ["squeue", "-h"]).ok(), "an empty queue")
+    pruned = cluster.run("login1", ["sdee", "cache", "prune"], alice.name)
+    assert f"/{old}, whose environment is gone" in pruned.err
+
+
 def test_what_a_job_wrote_is_kept_on_wish(cluster: SdeeCluster, alice: User) -> None:
     """By `sdee job save` in the job, and at its end by --sdee-keep; else it is gone."""
     write = "srun sh -c 'echo kept > /opt/kept; cat /opt/kept; sdee job save'"
@@ -264,6 +290,49 @@ def test_output_that_only_the_environment_could_have_is_warned_of(
     assert "/opt/only/slurm-%j.out can't be made" in cluster.inside(line, alice.name).err
     for fine in ("-o ~/fine.out", "-o /dev/null -D /opt/only", "--chdir=$HOME"):
         assert cluster.inside(f"cd /opt; sbatch {fine} --wrap true", alice.name).err == ""
+
+
+def test_what_sbcast_brings_to_nodes(cluster: SdeeCluster, alice: User) -> None:
+    """Slurm writes to the node's /tmp, tasks have one of their own; three ways that work."""
+    (alice.home / "cast.sh").write_text("#!/bin/sh\nhostname\n")
+    (alice.home / "cast.sh").chmod(0o755)
+
+    def cast(place: str) -> tuple[int, list[str], str]:
+        line = f"salloc -w n1,n2 sh -c 'sbcast -f ~/cast.sh {place} && srun {place}'"
+        done = cluster.inside(line, alice.name)
+        err = [x for x in done.err.splitlines() if not x.startswith("salloc:")]
+        return done.code, sorted(done.out.split()), "\n".join(err)
+
+    code, _, said = cast("/tmp/cast")
+    assert code != 0 and said.startswith("sbcast: sdee: tasks don't see /tmp/cast of the nodes")
+    assert cast("$HOME/cast") == (0, ["n1", "n2"], "")
+    # A directory of each node's own, which the site shares.
+    site = cluster.directory / "etc-sdee" / "sdee.toml"
+    before = site.read_text()
+    nodes = ("login1", "n1", "n2")
+    try:
+        for node in nodes:
+            mount = ["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", "/srv"]
+            cluster.run(node, mount).ok()
+        site.write_text(before.replace("[instance]", '[instance]\nshared = ["/srv"]'))
+        assert cast("/srv/cast") == (0, ["n1", "n2"], "")
+    finally:
+        site.write_text(before)
+        cluster.wait_clean()
+        for node in nodes:
+            cluster.run(node, ["umount", "-l", "/srv"])
+    # The node's /tmp in place of the instance's.
+    lines = '[instance]\\nbinds = ["/tmp"]\\n'
+    write = f"mkdir -p ~/.config/sdee; printf '{lines}' > ~/.config/sdee/sdee.toml"
+    cluster.run("login1", write, alice.name).ok()
+    try:
+        assert cast("/tmp/cast") == (0, ["n1", "n2"], "")
+        done = cluster.inside("srun -w n1,n2 --bcast=/tmp/other ~/cast.sh", alice.name)
+        assert sorted(done.ok().split()) == ["n1", "n2"]
+    finally:
+        cluster.run("login1", "rm -r ~/.config/sdee", alice.name).ok()
+    assert cluster.run("n1", ["stat", "-c", "%U", "/tmp/cast"]).ok() == f"{alice.name}\n"
+    cluster.wait_clean()
 
 
 def test_a_job_of_a_job_inherits_no_environment(cluster: SdeeCluster, alice: User) -> None:
