@@ -206,8 +206,10 @@ def run_server(
     from sdeefs import log
     from sdeefs.background import FAILURE, complaint, detach
     from sdeefs.session import Session
+    from sdeefs.transports.scheduling import favour_own_group
 
     log.start(log_level, log_file)
+    favour_own_group()
     signal.set_wakeup_fd(-1)  # of whoever forked us; trio sets its own, and warns of others
     session = Session(options, None)
     try:

@@ -53,6 +53,16 @@ def test_a_mount_that_is_attached_nowhere(lab: Lab, options: Options) -> None:
     assert (lab.upper / "new").is_dir()
 
 
+def test_a_busy_machine_does_not_starve_it(options: Options) -> None:
+    group = Path("/proc/self/autogroup")
+    if not group.exists():
+        pytest.skip("needs a kernel with CONFIG_SCHED_AUTOGROUP")
+    mine = group.read_text()
+    with running(start_server(options)) as server:
+        assert Path(f"/proc/{server.pid}/autogroup").read_text().endswith(" nice -10\n")
+    assert group.read_text() == mine
+
+
 def test_attached_and_ended_by_umount(lab: Lab, options: Options) -> None:
     server = start_server(options)
     try:
