@@ -27,7 +27,9 @@ class Refused(Exception):
 
 
 def text(path: bytes) -> str:
-    """A path for a message: what can't be decoded is escaped."""
+    """A path for a message: the one that a descriptor is of; what can't be decoded is escaped."""
+    if path.startswith(b"/proc/self/fd/"):
+        path = os.path.realpath(path)
     return path.decode("utf-8", "backslashreplace") or "''"
 
 
@@ -213,10 +215,8 @@ def lock_layers(options: Options, patience: float = 10.0) -> list[int]:
                     continue
                 for other_fd in held:
                     os.close(other_fd)
-                raise Refused(
-                    f"{what} {text(path)} is in use: {user or _holder(path)}"
-                    " has it (unmount that first)"
-                ) from None
+                whose = user or _holder(path)
+                raise Refused(f"{what} {text(path)} is in use: {whose}") from None
             except OSError as error:
                 for other_fd in held:
                     os.close(other_fd)
@@ -228,29 +228,32 @@ def lock_layers(options: Options, patience: float = 10.0) -> list[int]:
 
 
 def _holder(path: bytes) -> str:
-    """Who has the lock of a layer, where no mount of this mount namespace does."""
+    """Who has the lock of a layer, and what to do, where no mount that we know of does."""
     found = os.stat(path)
     key = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     with open("/proc/locks", encoding="ascii") as file:
         for line in file:
             words = line.split()  # 1: FLOCK ADVISORY WRITE PID MAJOR:MINOR:INODE …
             if words[1] == "FLOCK" and words[5:6] == [key] and int(words[4]) > 0:
-                return f"process {words[4]}, which serves another mount namespace,"
-    return "another sdeefs mount"
+                return (
+                    f"process {words[4]}, which serves another mount namespace, has it"
+                    " (end what runs there first)"
+                )
+    return "another sdeefs mount has it (unmount that first)"
 
 
 def _sdeefs_user(path: bytes) -> str | None:
-    """Which live mount of ours has a layer, as the servers' records say."""
+    """Which live mount of ours has a layer, as the servers' records say, and what to do."""
     from sdeefs.control import records
 
     mounts = {(m.device[1], os.fsdecode(m.point)) for m in read_mounts() if m.fstype == OUR_TYPE}
     for record in records():
         layers = [record.get("upper"), record.get("work")]
-        if (
-            os.fsdecode(os.path.realpath(path)) in layers
-            and (record.get("minor"), record.get("merged")) in mounts
-        ):
-            return f"sdeefs on {record.get('merged')} (pid {record.get('pid')})"
+        if os.fsdecode(os.path.realpath(path)) not in layers:
+            continue
+        if (record.get("minor"), record.get("merged")) in mounts:
+            where = f"sdeefs on {record.get('merged')} (pid {record.get('pid')})"
+            return f"{where} has it (unmount that first)"
     return None
 
 

@@ -104,8 +104,14 @@ def test_a_server_that_hangs_is_aborted(options: Options) -> None:
 
 
 def test_refusals_reach_the_caller(lab: Lab, options: Options) -> None:
-    with running(start_server(options)), pytest.raises(Refused, match="in use"):
-        start_server(options)
+    fds = [os.open(path, os.O_PATH) for path in (lab.lower, lab.upper, lab.work)]
+    words = zip(("lowerdir", "upperdir", "workdir"), fds, strict=True)
+    again = parse([",".join(f"{word}=/proc/self/fd/{fd}" for word, fd in words)])
+    named = f"upper {lab.upper} is in use: process [0-9]+, which serves another mount namespace"
+    with running(start_server(options)), pytest.raises(Refused, match=named):
+        start_server(again, pass_fds=fds)
+    for fd in fds:
+        os.close(fd)
     absent = parse([f"lowerdir={lab.place}/absent"])
     with pytest.raises(Refused, match="absent"):
         start_server(absent)
