@@ -32,6 +32,7 @@ SHORTCUTS = {
     Opcode.RMDIR: "rmdir",
     Opcode.RENAME: "rename",
     Opcode.RENAME2: "rename2",
+    Opcode.LINK: "link",
     Opcode.OPEN: "open",
     Opcode.CREATE: "create",
     Opcode.READ: "read",

@@ -395,6 +395,7 @@ def test_the_same_answers(variant: str, steps: list[tuple[str, int, Any]]) -> No
             for counts in held:
                 counts.pop("directories")
         assert held[0] == held[1]
+        assert len({len(side.filesystem.table.linked) for side in (python, c)}) == 1
         watched = [side.watch and len(side.watch) for side in (python, c)]
         assert watched[0] == watched[1]
 
@@ -428,6 +429,11 @@ def test_plain_cases_are_answered_in_c() -> None:
             ("rename", made + 1, (0, "file", "new1", 0)),
             ("mkdir", made + 1, "dir"),
             ("rmdir", made + 1, "dir"),
+            ("link", 0, (made + 2, "linked")),  # what was made as `pipe` is `file3` now
+            ("lookup", 0, ("linked", 1)),
+            ("unlink", 0, "file3"),
+            ("unlink", 0, "linked"),
+            ("forget", made + 2, 3),
             ("getattr", made, None),
             ("chmod", made, 0o640),
             ("chown", made, (5, 6)),

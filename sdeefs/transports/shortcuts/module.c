@@ -92,6 +92,7 @@ METHOD(unlink, FUSE_UNLINK, 1)
 METHOD(rmdir, FUSE_RMDIR, 1)
 METHOD(rename, FUSE_RENAME, 1)
 METHOD(rename2, FUSE_RENAME2, 1)
+METHOD(link, FUSE_LINK, 1)
 METHOD(open, FUSE_OPEN, 1)
 METHOD(read, FUSE_READ, 0)
 METHOD(release, FUSE_RELEASE, 1)
@@ -230,6 +231,7 @@ static int find_objects(Shortcuts *self)
 	self->table = attribute(filesystem, "table", NULL);
 	self->nodes = attribute(filesystem, "table", "nodes");
 	self->files = attribute(filesystem, "_files", NULL);
+	self->linked = attribute(filesystem, "table", "linked");
 	self->upper = attribute(filesystem, "upper", NULL);
 	self->lookup = attribute(filesystem, "_lookup", NULL);
 	self->entries = attribute(filesystem, "_entries", NULL);
@@ -255,7 +257,7 @@ static int find_objects(Shortcuts *self)
 			self->node_of = attribute(self->backing, "node_of", NULL);
 		}
 	}
-	return PyErr_Occurred() || !PyDict_Check(self->nodes) || !PyDict_Check(self->files) ||
+	return PyErr_Occurred() || !PyDict_Check(self->nodes) || !PyDict_Check(self->files) || !PyDict_Check(self->linked) ||
 			       !PyDict_Check(self->lists) || !PyList_Check(self->lookers) ? -1 : 0;
 }
 
@@ -309,6 +311,7 @@ static int Shortcuts_init(Shortcuts *self, PyObject *args, PyObject *kwargs)
 	do(self->release);                                                                        \
 	do(self->nodes);                                                                          \
 	do(self->files);                                                                          \
+	do(self->linked);                                                                         \
 	do(self->table);                                                                          \
 	do(self->upper);                                                                          \
 	do(self->handlers);                                                                       \
@@ -370,7 +373,7 @@ static void Shortcuts_dealloc(Shortcuts *self)
 #define ROW(name) { #name, (PyCFunction)(void (*)(void))Shortcuts_##name, METH_FASTCALL, NULL }
 static PyMethodDef Shortcuts_methods[] = {
 	ROW(lookup), ROW(getattr), ROW(setattr), ROW(symlink), ROW(mknod), ROW(mkdir), ROW(unlink), ROW(rmdir),
-	ROW(rename), ROW(rename2), ROW(open), ROW(read), ROW(release),
+	ROW(rename), ROW(rename2), ROW(link), ROW(open), ROW(read), ROW(release),
 	ROW(setxattr), ROW(getxattr), ROW(listxattr), ROW(create), ROW(copy_file_range),
 	ROW(copy_file_range_64), ROW(readdir), ROW(readdirplus), ROW(forget), ROW(batch_forget),
 	{ "left", (PyCFunction)Shortcuts_left, METH_NOARGS, left_doc },

@@ -46,6 +46,8 @@ static int bind(Shortcuts *self, PyObject *parent, PyObject *name, long layer, i
 	known = is_known(child, st, layer, stamp);
 	if (known == 1) {
 		found->node = child;
+	} else if (known == 0 && layer == UPPER && st->st_nlink > 1) {
+		known = bind_linked(self, parent, name, fd, found);
 	} else if (known == 0) {
 		if (layer == UPPER ? !is_plain_upper(parent, name, fd, st) : st->st_nlink > 1)
 			known = LEAVE;
@@ -189,10 +191,13 @@ static int drop(Shortcuts *self, PyObject *node)
 	if (slot_int(parent, shape.count) <= 0)
 		return 0;
 	if (extra != Py_None) {
-		if (PyList_GET_SIZE(SLOT(extra, shape.handles)) || SLOT(extra, shape.names) != Py_None ||
-		    SLOT(extra, shape.key) != Py_None || SLOT(extra, shape.work_name) != Py_None)
+		if (PyList_GET_SIZE(SLOT(extra, shape.handles)) || has_more_names(node) ||
+		    SLOT(extra, shape.work_name) != Py_None)
 			return 0;
 		fd = (int)slot_int(extra, shape.fd);
+		if (SLOT(extra, shape.key) != Py_None &&
+		    PyDict_GetItemWithError(self->linked, SLOT(extra, shape.key)) == node)
+			PyDict_DelItem(self->linked, SLOT(extra, shape.key));
 	}
 	if (PyDict_GetItemWithError(children, SLOT(node, shape.name)) == node)
 		PyDict_DelItem(children, SLOT(node, shape.name));

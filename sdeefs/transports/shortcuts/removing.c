@@ -54,7 +54,7 @@ int do_unlink(Shortcuts *self, struct call *call)
 	struct found found;
 	struct place place;
 	const char *text;
-	int fd, rc, below;
+	int fd, rc, below, held;
 
 	if (!parent || call->length < 2 || !self->writable || self->work_fd < 0 ||
 	    slot_int(parent, shape.layer) != UPPER || slot_int(parent, shape.flags) & FLAG_DEAD)
@@ -68,11 +68,10 @@ int do_unlink(Shortcuts *self, struct call *call)
 	text = PyBytes_AS_STRING(name);
 	node = PyDict_GetItemWithError(SLOT(parent, shape.children), name);
 	rc = node && Py_IS_TYPE(node, shape.node) ? find_name(self, parent, name, &found) : LEAVE;
-	if (!rc && (found.node != node || found.st.st_nlink > 1))
+	if (!rc && (found.node != node || (found.layer != UPPER && found.st.st_nlink > 1)))
 		rc = LEAVE;
 	extra = rc ? Py_None : SLOT(node, shape.extra_at);
-	if (extra != Py_None && (slot_int(extra, shape.fd) >= 0 || SLOT(extra, shape.names) != Py_None ||
-				 SLOT(extra, shape.index) != Py_None || SLOT(extra, shape.key) != Py_None))
+	if (extra != Py_None && (slot_int(extra, shape.fd) >= 0 || SLOT(extra, shape.index) != Py_None))
 		rc = LEAVE;
 	if (!rc && slot_int(node, shape.count) <= 0)
 		rc = LEAVE;
@@ -88,16 +87,17 @@ int do_unlink(Shortcuts *self, struct call *call)
 		return rc;
 	}
 	Py_INCREF(node);
-	rc = hold(node, &place);
+	held = !has_more_names(node);
+	rc = held ? hold(node, &place) : 0;
 	if (!rc) {
 		if (found.layer != UPPER)
 			rc = link_whiteout(self, fd, text);
 		else if (unlinkat(fd, text, 0) < 0)
 			rc = errno;
-		if (rc)
+		if (!rc)
+			rc = remove_name(node, parent, name);
+		else if (held)
 			let_go(node);
-		else if (PyDict_DelItem(SLOT(parent, shape.children), name) < 0)
-			rc = FAILED;
 	}
 	Py_DECREF(node);
 	Py_DECREF(name);

@@ -69,7 +69,7 @@ typedef struct {
 	PyObject_HEAD
 	PyObject *filesystem;	    /* core.filesystem.Filesystem */
 	PyObject *acquire, *release; /* its lock's */
-	PyObject *nodes, *files, *table, *upper;
+	PyObject *nodes, *files, *linked, *table, *upper;
 	PyObject *handlers; /* Python's, by opcode */
 	PyObject *backing;  /* BackingIds, or None */
 	PyObject *acquire_backing, *release_backing;
@@ -188,6 +188,12 @@ int do_create(Shortcuts *self, struct call *call);
 int do_mkdir(Shortcuts *self, struct call *call);
 int do_mknod(Shortcuts *self, struct call *call);
 int do_symlink(Shortcuts *self, struct call *call);
+
+/* linked.c */
+int has_more_names(PyObject *node);
+int remove_name(PyObject *node, PyObject *parent, PyObject *name);
+int bind_linked(Shortcuts *self, PyObject *parent, PyObject *name, int fd, struct found *found);
+int do_link(Shortcuts *self, struct call *call);
 
 /* removing.c */
 int hold(PyObject *node, const struct place *place);
