@@ -143,18 +143,16 @@ int do_link(Shortcuts *self, struct call *call)
 	uint64_t number;
 	Py_ssize_t length = call->length - (Py_ssize_t)sizeof number - 1;
 	const char *text = call->body + sizeof number;
-	PyObject *parent = parent_of(self, call), *node, *extra, *name, *child;
+	PyObject *parent, *node, *extra, *name, *child;
 	struct found found = { .layer = UPPER };
 	struct place place;
 	int directory, rc;
 
-	if (!parent || length < 1 || length > NAME_MAX || !self->writable ||
-	    slot_int(parent, shape.layer) != UPPER || slot_int(parent, shape.flags) & FLAG_DEAD)
+	if (length < 1 || length > NAME_MAX || changeable(self, call->node, &parent, &directory))
 		return LEAVE;
-	directory = directory_fd(self, parent, UPPER);
 	memcpy(&number, call->body, sizeof number);
 	node = found.node = find_node(self, number);
-	if (directory < 0 || !node || !Py_IS_TYPE(node, shape.node) || slot_int(node, shape.layer) != UPPER ||
+	if (!node || !Py_IS_TYPE(node, shape.node) || slot_int(node, shape.layer) != UPPER ||
 	    slot_u64(node, shape.shown) != (slot_u64(node, shape.ino) ^ self->layers[UPPER].mix) ||
 	    place_of(self, node, &place) || !*place.name)
 		return LEAVE;

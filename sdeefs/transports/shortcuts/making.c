@@ -14,25 +14,20 @@ struct spot {
 	int directory;	  /* the parent in upper, open */
 };
 
-/* The thread makes what it makes as the caller from here on. `spot->name` is the caller's to release. */
-static int ready(Shortcuts *self, struct call *call, const char *name, Py_ssize_t length, struct spot *spot)
+/* The name stands in the body from one offset to another. The thread makes what it makes as the caller from here
+ * on. `spot->name` is the caller's to release. */
+static int ready(Shortcuts *self, struct call *call, Py_ssize_t from, Py_ssize_t to, struct spot *spot)
 {
-	const long known = FLAG_DEAD | FLAG_ACL_KNOWN | FLAG_ACL_DEFAULT;
 	PyObject *child;
 	uint32_t uid, gid;
 	int became;
 
 	spot->name = NULL;
-	spot->parent = find_node(self, call->node);
-	if (!self->writable || length < 1 || length > NAME_MAX || !spot->parent || !is_directory(spot->parent) ||
-	    slot_int(spot->parent, shape.layer) != UPPER ||
-	    (slot_int(spot->parent, shape.flags) & known) != FLAG_ACL_KNOWN ||
+	if (to - from < 1 || to - from > NAME_MAX || changeable(self, call->node, &spot->parent, &spot->directory) ||
+	    (slot_int(spot->parent, shape.flags) & (FLAG_ACL_KNOWN | FLAG_ACL_DEFAULT)) != FLAG_ACL_KNOWN ||
 	    stored_ids(&self->upper_owners, call->uid, call->gid, &uid, &gid) < 0)
 		return LEAVE;
-	spot->directory = directory_fd(self, spot->parent, UPPER);
-	if (spot->directory < 0)
-		return LEAVE;
-	spot->name = PyBytes_FromStringAndSize(name, length);
+	spot->name = PyBytes_FromStringAndSize(call->body + from, to - from);
 	if (!spot->name)
 		return FAILED;
 	spot->text = PyBytes_AS_STRING(spot->name);
@@ -61,7 +56,7 @@ int do_create(Shortcuts *self, struct call *call)
 	memcpy(&in, call->body, sizeof in);
 	if (in.mode & 06000)
 		return LEAVE;
-	rc = ready(self, call, call->body + sizeof in, call->length - 1 - (Py_ssize_t)sizeof in, &spot);
+	rc = ready(self, call, sizeof in, call->length - 1, &spot);
 	if (!rc) {
 		fd = openat(spot.directory, spot.text,
 			    layer_flags(self, in.flags) | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,
@@ -122,7 +117,7 @@ int do_mkdir(Shortcuts *self, struct call *call)
 	if (call->length < (Py_ssize_t)sizeof in)
 		return LEAVE;
 	memcpy(&in, call->body, sizeof in);
-	rc = ready(self, call, call->body + sizeof in, call->length - 1 - (Py_ssize_t)sizeof in, &spot);
+	rc = ready(self, call, sizeof in, call->length - 1, &spot);
 	if (!rc && mkdirat(spot.directory, spot.text, in.mode & ~in.umask & 07777) < 0)
 		rc = errno == EEXIST ? LEAVE : errno;
 	if (!rc) {
@@ -148,7 +143,7 @@ int do_mknod(Shortcuts *self, struct call *call)
 	memcpy(&in, call->body, sizeof in);
 	if (S_ISCHR(in.mode) || S_ISBLK(in.mode))
 		return LEAVE;
-	rc = ready(self, call, call->body + sizeof in, call->length - 1 - (Py_ssize_t)sizeof in, &spot);
+	rc = ready(self, call, sizeof in, call->length - 1, &spot);
 	if (!rc && mknodat(spot.directory, spot.text, in.mode & ~(in.umask & 07777), 0) < 0)
 		rc = errno == EEXIST ? LEAVE : errno;
 	if (!rc)
@@ -166,7 +161,7 @@ int do_symlink(Shortcuts *self, struct call *call)
 
 	if ((Py_ssize_t)length + 2 > call->length || call->body[call->length - 1])
 		return LEAVE;
-	rc = ready(self, call, call->body, (Py_ssize_t)length, &spot);
+	rc = ready(self, call, 0, (Py_ssize_t)length, &spot);
 	if (!rc && symlinkat(call->body + length + 1, spot.directory, spot.text) < 0)
 		rc = errno == EEXIST ? LEAVE : errno;
 	if (!rc)

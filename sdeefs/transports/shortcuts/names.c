@@ -150,8 +150,7 @@ int pack_found(Shortcuts *self, const struct found *found, struct fuse_entry_out
 	return ANSWERED;
 }
 
-/* The directory that a request is about; NULL: there is none, or an exception. */
-PyObject *parent_of(Shortcuts *self, struct call *call)
+static PyObject *parent_of(Shortcuts *self, struct call *call)
 {
 	PyObject *parent = find_node(self, call->node);
 

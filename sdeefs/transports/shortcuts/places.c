@@ -37,6 +37,17 @@ int directory_fd(Shortcuts *self, PyObject *directory, long layer)
 	return -1;
 }
 
+/* A directory of upper, open, in which names may come and go; or LEAVE. */
+int changeable(Shortcuts *self, uint64_t number, PyObject **directory, int *fd)
+{
+	*directory = find_node(self, number);
+	if (!self->writable || !*directory || !is_directory(*directory) ||
+	    slot_int(*directory, shape.layer) != UPPER || slot_int(*directory, shape.flags) & FLAG_DEAD)
+		return LEAVE;
+	*fd = directory_fd(self, *directory, UPPER);
+	return *fd < 0 ? LEAVE : ANSWERED;
+}
+
 int place_of(Shortcuts *self, PyObject *node, struct place *place)
 {
 	PyObject *extra = SLOT(node, shape.extra_at), *parent = SLOT(node, shape.parent);

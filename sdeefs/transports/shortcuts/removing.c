@@ -50,17 +50,13 @@ static int link_whiteout(Shortcuts *self, int directory, const char *name)
 
 int do_unlink(Shortcuts *self, struct call *call)
 {
-	PyObject *parent = parent_of(self, call), *name, *node, *extra;
+	PyObject *parent, *name, *node, *extra;
 	struct found found;
 	struct place place;
 	const char *text;
 	int fd, rc, below, held;
 
-	if (!parent || call->length < 2 || !self->writable || self->work_fd < 0 ||
-	    slot_int(parent, shape.layer) != UPPER || slot_int(parent, shape.flags) & FLAG_DEAD)
-		return LEAVE;
-	fd = directory_fd(self, parent, UPPER);
-	if (fd < 0)
+	if (call->length < 2 || changeable(self, call->node, &parent, &fd))
 		return LEAVE;
 	name = PyBytes_FromStringAndSize(call->body, call->length - 1);
 	if (!name)
@@ -68,7 +64,7 @@ int do_unlink(Shortcuts *self, struct call *call)
 	text = PyBytes_AS_STRING(name);
 	node = PyDict_GetItemWithError(SLOT(parent, shape.children), name);
 	rc = node && Py_IS_TYPE(node, shape.node) ? find_name(self, parent, name, &found) : LEAVE;
-	if (!rc && (found.node != node || (found.layer != UPPER && found.st.st_nlink > 1)))
+	if (!rc && (found.node != node || (found.layer != UPPER && (found.st.st_nlink > 1 || self->work_fd < 0))))
 		rc = LEAVE;
 	extra = rc ? Py_None : SLOT(node, shape.extra_at);
 	if (extra != Py_None && (slot_int(extra, shape.fd) >= 0 || SLOT(extra, shape.index) != Py_None))
@@ -108,15 +104,11 @@ int do_unlink(Shortcuts *self, struct call *call)
 /* Of a directory that upper alone has. */
 int do_rmdir(Shortcuts *self, struct call *call)
 {
-	PyObject *parent = parent_of(self, call), *name, *node;
+	PyObject *parent, *name, *node;
 	struct found found;
 	int fd, rc;
 
-	if (!parent || call->length < 2 || !self->writable || self->work_fd < 0 ||
-	    slot_int(parent, shape.layer) != UPPER || slot_int(parent, shape.flags) & FLAG_DEAD)
-		return LEAVE;
-	fd = directory_fd(self, parent, UPPER);
-	if (fd < 0)
+	if (call->length < 2 || changeable(self, call->node, &parent, &fd))
 		return LEAVE;
 	name = PyBytes_FromStringAndSize(call->body, call->length - 1);
 	if (!name)

@@ -17,13 +17,8 @@ struct end {
 /* Whether there is a directory of upper, open, in which names may come and go. */
 static int ready(Shortcuts *self, uint64_t parent, const char *name, size_t length, struct end *end)
 {
-	end->parent = find_node(self, parent);
-	if (length < 1 || length > NAME_MAX || !end->parent || !is_directory(end->parent) ||
-	    slot_int(end->parent, shape.layer) != UPPER || slot_int(end->parent, shape.count) <= 0 ||
-	    slot_int(end->parent, shape.flags) & FLAG_DEAD)
-		return LEAVE;
-	end->directory = directory_fd(self, end->parent, UPPER);
-	if (end->directory < 0)
+	if (length < 1 || length > NAME_MAX || changeable(self, parent, &end->parent, &end->directory) ||
+	    slot_int(end->parent, shape.count) <= 0)
 		return LEAVE;
 	end->name = PyBytes_FromStringAndSize(name, (Py_ssize_t)length);
 	if (!end->name)
@@ -96,7 +91,7 @@ static int rename_to(Shortcuts *self, struct call *call, uint64_t to_node, uint3
 	int rc;
 
 	call->size = 0;
-	if (!self->writable || self->work_fd < 0 || to_name >= end || end[-1] || flags & ~RENAME_NOREPLACE)
+	if (to_name >= end || end[-1] || flags & ~RENAME_NOREPLACE)
 		return LEAVE;
 	rc = ready(self, call->node, names, length, &from);
 	if (!rc)

@@ -153,6 +153,7 @@ struct place {
 	const char *name; /* empty: the descriptor is the object */
 };
 int directory_fd(Shortcuts *self, PyObject *directory, long layer); /* -1: not open */
+int changeable(Shortcuts *self, uint64_t number, PyObject **directory, int *fd);
 int place_of(Shortcuts *self, PyObject *node, struct place *place); /* ANSWERED or LEAVE */
 int is_of(PyObject *node, const struct stat *st);
 int stat_place(const struct place *place, struct stat *st);	    /* an errno */
@@ -178,7 +179,6 @@ int find_name(Shortcuts *self, PyObject *parent, PyObject *name, struct found *f
 int pack_found(Shortcuts *self, const struct found *found, struct fuse_entry_out *out);
 int has_xattr_whiteouts(Shortcuts *self, long layer); /* -1 with an exception */
 int in_lowers(Shortcuts *self, PyObject *parent, const char *name); /* 0, 1, or LEAVE */
-PyObject *parent_of(Shortcuts *self, struct call *call);
 int do_lookup(Shortcuts *self, struct call *call);
 int do_forget(Shortcuts *self, struct call *call);
 int do_batch_forget(Shortcuts *self, struct call *call);
