@@ -21,6 +21,9 @@ from mount_helpers.syscalls import MNT_DETACH, UMOUNT_NOFOLLOW, umount2
 from sdeefs import OUR_TYPE as OUR_TYPE
 from sdeefs.options import Options, UsageError, split_lowers
 
+#: Seconds within which a server notices that its mount is gone.
+_NOTICED = 3.0
+
 
 class Refused(Exception):
     """Why there is no mount: one line for the caller, exit status 1."""
@@ -190,7 +193,8 @@ def _lock(path: bytes) -> int | None:
 def lock_layers(options: Options, patience: float = 10.0) -> list[int]:
     """Hold upper and workdir for one mount; returns descriptors that are the locks.
 
-    A server whose mount is gone needs a moment to end: that long we wait. Raises Refused.
+    A server whose mount is gone needs a moment to end: that long we wait (`patience`: seconds). Raises
+    Refused.
     """
     if options.upper is None:
         return []
@@ -200,7 +204,7 @@ def lock_layers(options: Options, patience: float = 10.0) -> list[int]:
             f"upper {text(options.upper)} is in use: kernel overlayfs on {text(other.point)}"
             " has it (unmount that first)"
         )
-    deadline = time.monotonic() + patience
+    start = time.monotonic()
     held: list[int] = []
     for what, path in (("upper", options.upper), ("workdir", options.work)):
         if path is None or (options.read_only and what == "workdir"):
@@ -209,8 +213,9 @@ def lock_layers(options: Options, patience: float = 10.0) -> list[int]:
             try:
                 fd = _lock(path)
             except BlockingIOError:
-                user = _sdeefs_user(path)
-                if user is None and time.monotonic() < deadline:
+                waited = time.monotonic() - start
+                user = _sdeefs_user(path, waited > _NOTICED)
+                if user is None and waited < patience:
                     time.sleep(0.02)
                     continue
                 for other_fd in held:
@@ -235,15 +240,21 @@ def _holder(path: bytes) -> str:
         for line in file:
             words = line.split()  # 1: FLOCK ADVISORY WRITE PID MAJOR:MINOR:INODE …
             if words[1] == "FLOCK" and words[5:6] == [key] and int(words[4]) > 0:
-                return (
-                    f"process {words[4]}, which serves another mount namespace, has it"
-                    " (end what runs there first)"
-                )
+                return _elsewhere(words[4])
     return "another sdeefs mount has it (unmount that first)"
 
 
-def _sdeefs_user(path: bytes) -> str | None:
-    """Which live mount of ours has a layer, as the servers' records say, and what to do."""
+def _elsewhere(pid: object) -> str:
+    return (
+        f"process {pid}, which serves another mount namespace, has it (end what runs there first)"
+    )
+
+
+def _sdeefs_user(path: bytes, noticed: bool) -> str | None:
+    """Which live mount of ours has a layer, as the servers' records say, and what to do.
+
+    `noticed`: a server whose mount is gone has noticed, and has no record any more.
+    """
     from sdeefs.control import records
 
     mounts = {(m.device[1], os.fsdecode(m.point)) for m in read_mounts() if m.fstype == OUR_TYPE}
@@ -254,6 +265,8 @@ def _sdeefs_user(path: bytes) -> str | None:
         if (record.get("minor"), record.get("merged")) in mounts:
             where = f"sdeefs on {record.get('merged')} (pid {record.get('pid')})"
             return f"{where} has it (unmount that first)"
+        if noticed and os.path.exists(f"/proc/{record.get('pid')}"):
+            return _elsewhere(record.get("pid"))
     return None
 
 
