@@ -69,7 +69,8 @@ def gather(plan: Plan) -> dict[int, int]:
         except OSError as error:
             if step.optional and error.errno in _QUIET:
                 continue
-            raise AssemblyFailed(f"{os.fsdecode(step.source)}: {error.strerror}") from None
+            what = f"bind of {os.fsdecode(step.source)}"
+            raise AssemblyFailed(f"{what}: {error.strerror}") from None
         attributes = (sc.MOUNT_ATTR_NOSUID if step.nosuid else 0) | (
             sc.MOUNT_ATTR_RDONLY if step.readonly else 0
         )

@@ -153,7 +153,7 @@ async def _prepare(daemon: Daemon, request: Request, job: int) -> Reply:
         )  # fmt: skip
         live, fds = await join_instance(
             daemon, owner, reference.partition("@")[0], variables.get("engine", "auto"),
-            job=job, options=_mapping(prepared["options"]),
+            binds=_strings(prepared.get("binds")), job=job, options=_mapping(prepared["options"]),
         )  # fmt: skip
         for fd in fds:
             os.close(fd)
@@ -361,6 +361,10 @@ def _mapping(value: object) -> dict[str, object]:
     if not isinstance(value, dict):
         raise Refused("not an object", "bad-request")
     return value
+
+
+def _strings(value: object) -> tuple[str, ...]:
+    return tuple(str(x) for x in value) if isinstance(value, list) else ()
 
 
 def _integer(value: object) -> int:

@@ -84,10 +84,11 @@ def _can_be_written(path: str) -> bool:
 
 
 def prepare(uid: int, job: int, variables: dict[str, str]) -> dict[str, object]:
-    """Bring the job's generation to this node; the layers of its instance."""
+    """Bring the job's generation to this node; the layers and the binds of its instance."""
     account, settings = _account(uid)
     place = f"{JOBS}/{job}"
     try:
+        binds = transfer.parse(variables).binds
         tree, count = transfer.fetch(account, settings, job, variables)
     except transfer.TransferError as error:
         raise Refused(str(error)) from None
@@ -98,7 +99,8 @@ def prepare(uid: int, job: int, variables: dict[str, str]) -> dict[str, object]:
         os.chown(place, account.uid, account.gid)
     except OSError as error:
         raise Refused(f"{place}: {error.strerror}") from None
-    return {"place": place, "bytes": count, "options": {"lowers": [tree], "place": place}}
+    options = {"lowers": [tree], "place": place}
+    return {"place": place, "bytes": count, "binds": binds, "options": options}
 
 
 def send(uid: int, state: str, wish: list[object]) -> int:

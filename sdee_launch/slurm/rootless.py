@@ -16,6 +16,7 @@ from pathlib import Path
 from sdee_launch import config, environments
 from sdee_launch.accounts import my_account
 from sdee_launch.deploy import api, places
+from sdee_launch.plan import PlanProblem, parse_bind
 from sdee_launch.slurm import words
 
 #: What a task is told, and what an inner `sdee srun` finds in its environment: shell words.
@@ -25,7 +26,7 @@ SCRIPTS = ".local/state/sdee/scripts"
 
 
 def reference(environment: str) -> list[str]:
-    """The words that name a generation to a task: name, identity, number, directory.
+    """The words that name a generation to a task: name, identity, number, directory, binds.
 
     Inside a job they are the job's. Raises DeployProblem, EnvironmentProblem, OSError, ValueError.
     """
@@ -38,11 +39,16 @@ def reference(environment: str) -> list[str]:
     except config.ConfigError as error:
         raise ValueError(str(error)) from None
     with environments.open_store(account, settings) as store, store.open(environment) as opened:
-        upper, own = f"{opened.path}/upper", opened.settings.exclude
+        upper, own = f"{opened.path}/upper", opened.settings
+    try:
+        for bind in own.binds:
+            parse_bind(bind)
+    except PlanProblem as error:
+        raise ValueError(str(error)) from None
     state = places.state_directory(account, settings, environment, "shared")
-    exclude = [*settings.section("deploy").get("exclude", ()), *own]
+    exclude = [*settings.section("deploy").get("exclude", ()), *own.exclude]
     done = api.submit(account, upper, state, exclude)
-    return [environment, done.identity, str(done.generation.number), state]
+    return [environment, done.identity, str(done.generation.number), state, *own.binds]
 
 
 def task(named: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""One task of a rootless job, on a node: `… rootless_task NAME IDENTITY NUMBER STATE -- COMMAND…`
+"""One task of a rootless job: `… rootless_task NAME IDENTITY NUMBER STATE [BIND…] -- COMMAND…`
 
 The first task of a job on a node unpacks the generation and makes an environment of it, private to
 the job; all tasks run in one instance of it; the last one removes it. A cache stays, for the next
@@ -23,7 +23,8 @@ from sdee_launch.accounts import Account, my_account
 from sdee_launch.deploy import api
 from sdee_launch.deploy.errors import DeployProblem
 from sdee_launch.deploy.inside import run_inside
-from sdee_launch.environments import EnvironmentProblem
+from sdee_launch.environments import EnvironmentProblem, EnvironmentSettings
+from sdee_launch.plan import PlanProblem, parse_bind
 from sdee_launch.slurm.rootless import VARIABLE
 from sdee_launch.workload import workload
 
@@ -66,23 +67,34 @@ def _member(path: str) -> Iterator[int]:
 
 def _prepare(account: Account, base: str, place: str, job: str, named: Sequence[str]) -> None:
     """The job's environment below `place`, by the first task. Raises DeployProblem, OSError."""
-    name, identity, number, state = named
+    name, identity, number, state, *binds = named
     with open(f"{place}.making", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if os.path.exists(f"{place}/ready"):
             return
+        _check(binds)
         _remove(account, place)
         tree = api.ensure(account, f"{base}/cache", state, identity, int(number), f"job-{job}").tree
         os.mkdir(place, 0o700)
         settings = replace(config.Settings(), store=f"{place}/store")
         with environments.open_store(account, settings) as store:
-            store.create(name)
+            store.create(name, EnvironmentSettings(binds=tuple(binds)))
         upper = f"{place}/store/{name}/upper"
         run_inside(account, lambda: _copy(tree, upper))
         with open(f"{place}/sdee.toml", "w") as file:
             file.write(f'[environments]\nstore = "{place}/store"\n')
         with open(f"{place}/ready", "w"):
             pass
+
+
+def _check(binds: Sequence[str]) -> None:
+    """Without its binds no instance is made; here that is told before anything is brought."""
+    for text in binds:
+        source = parse_bind(text).source
+        try:
+            os.stat(source)
+        except OSError as error:
+            raise DeployProblem(f"bind of {os.fsdecode(source)}: {error.strerror}") from None
 
 
 def _copy(tree: str, upper: str) -> None:
@@ -118,8 +130,9 @@ def _run(place: str, named: Sequence[str], command: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Entry point; the exit status."""
-    named, command = list(arguments[:4]), list(arguments[5:])
-    if len(named) < 4 or arguments[4:5] != ["--"] or not command:
+    at = arguments.index("--", 4) if "--" in arguments[4:] else 0
+    named, command = list(arguments[:at]), list(arguments[at + 1 :])
+    if not named or not command:
         print(__doc__.splitlines()[0], file=sys.stderr)
         return 2
     account = my_account()
@@ -128,11 +141,12 @@ def main(arguments: Sequence[str]) -> int:
         base = _base(account)
         place = f"{base}/job-{job}"
         with _member(f"{place}.lock") as member:
-            _prepare(account, base, place, job, named)
-            status = _run(place, named, command)
-            _leave(account, base, place, job, member)
-            return status
-    except (DeployProblem, EnvironmentProblem, OSError) as error:
+            try:
+                _prepare(account, base, place, job, named)
+                return _run(place, named, command)
+            finally:
+                _leave(account, base, place, job, member)
+    except (DeployProblem, EnvironmentProblem, PlanProblem, OSError) as error:
         print(f"sdee: {os.uname().nodename}: {error}", file=sys.stderr)
         return 1
 

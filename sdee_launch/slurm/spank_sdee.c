@@ -50,12 +50,13 @@ SPANK_PLUGIN(sdee, 1)
 #define DIRECTORY TOLD "DIRECTORY"
 #define TEXT 4096
 #define REPLY (256 * 1024)
+#define TOLD_TEXT (32 * 1024) /* all that the submit side tells, binds with it: see transfer.py */
 
 /* Descriptors that come with the daemon's answer, in this order. */
 enum { FD_USER, FD_MOUNT, FD_PID, FD_ROOT, FD_SECCOMP, FD_COUNT };
 
 /* What the submit side tells Prolog; the job's processes see it, too. */
-static const char *const names[] = {"REF", "IDENTITY", "SOURCE", "TRANSPORT", "ENGINE", "KEEP"};
+static const char *const names[] = {"REF", "IDENTITY", "SOURCE", "TRANSPORT", "ENGINE", "KEEP", "BINDS"};
 #define NAMES (sizeof names / sizeof *names)
 
 static char *wanted;         /* --sdee */
@@ -215,7 +216,8 @@ static void forget(void)
 /* Which environment the job gets: the helper prints NAME=VALUE lines for the nodes' Prolog. */
 static int choose(spank_t sp)
 {
-	char out[TEXT], *line, *rest, *equals;
+	static char out[TOLD_TEXT];
+	char *line, *rest, *equals;
 
 	if (wanted && !strcmp(wanted, "no")) {
 		forget();
@@ -536,7 +538,8 @@ static int wants_another(spank_t sp)
 static void make_up_for_prolog(spank_t sp, uint32_t job)
 {
 	char *argv[] = {(char *) python, "-I", "-m", "sdee_launch.slurm.hook", "prolog", NULL};
-	char *variables[16], from[64], value[TEXT], node[HOST_NAME_MAX + 1] = "", path[64];
+	static char value[TOLD_TEXT];
+	char *variables[16], from[64], node[HOST_NAME_MAX + 1] = "", path[64];
 	int n = 0, lock = open("/run/sdee", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
 	struct stat status;
 	uid_t uid = 0;

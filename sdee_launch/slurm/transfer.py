@@ -7,7 +7,9 @@ it lies on the login node, whose daemon sends one file to all nodes of a job (br
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +20,18 @@ from sdee_launch.deploy import api, cache, places
 from sdee_launch.deploy.errors import DeployProblem
 from sdee_launch.deploy.generations import State
 from sdee_launch.deploy.inside import run_inside
+from sdee_launch.environments import EnvironmentSettings, NoSuchEnvironment
+from sdee_launch.plan import PlanProblem, parse_bind
 from sdee_launch.site import as_user
 from sdee_launch.slurm import broadcast
 from sdee_launch.slurm.records import Record
 
 #: A package of more than this is worth a word, where the site doesn't say `[deploy] warn_size`.
 WARN_SIZE = "1G"
+#: Of an environment's binds: how many may travel, as many as a login may ask for, and their bytes as
+#: a variable of the job. (The plugin has room for twice as much.)
+MOST_BINDS = 64
+MOST_BYTES = 16_000
 
 
 class TransferError(Exception):
@@ -39,15 +47,18 @@ class Reference:
     identity: str
     source: str
     transport: str
+    #: The environment's own when the job was submitted, as --bind has them.
+    binds: tuple[str, ...] = ()
 
     def variables(self) -> dict[str, str]:
         """As they travel: Prolog sees SPANK_SDEE_REF and so on."""
-        return {
+        variables = {
             "ref": f"{self.environment}@{self.generation}",
             "identity": self.identity,
             "source": self.source,
             "transport": self.transport,
         }
+        return {**variables, "binds": json.dumps(self.binds)} if self.binds else variables
 
 
 def parse(variables: dict[str, str]) -> Reference:
@@ -63,7 +74,33 @@ def parse(variables: dict[str, str]) -> Reference:
         raise TransferError("what the job asks for isn't understood")
     if not source.startswith("/"):
         raise TransferError(f"{source[:80]!r} is no place of generations")
-    return Reference(name, int(number), variables.get("identity", ""), source, transport)
+    binds = _parse_binds(variables.get("binds", "[]"))
+    return Reference(name, int(number), variables.get("identity", ""), source, transport, binds)
+
+
+def _parse_binds(text: str) -> tuple[str, ...]:
+    """Binds that a node's daemon may be asked for, as it is by a login. Raises TransferError."""
+    try:
+        binds = json.loads(text) if len(text) <= MOST_BYTES else None
+    except (ValueError, RecursionError):
+        binds = None
+    if not isinstance(binds, list) or not all(isinstance(bind, str) for bind in binds):
+        raise TransferError("the binds that the job asks for aren't understood")
+    return check_binds(binds)
+
+
+def check_binds(binds: Sequence[str]) -> tuple[str, ...]:
+    """The same, if a job may have them. Raises TransferError."""
+    if len(binds) > MOST_BINDS or len(json.dumps(binds)) > MOST_BYTES:
+        raise TransferError(
+            f"{len(binds)} binds: more than {MOST_BINDS}, or too long ones, don't travel with a job"
+        )
+    try:
+        for bind in binds:
+            parse_bind(bind)
+    except (PlanProblem, UnicodeError) as error:
+        raise TransferError(str(error)) from None
+    return tuple(binds)
 
 
 def publish(
@@ -86,17 +123,13 @@ def publish(
     try:
         way = places.transport(settings, transport)
         state = places.state_directory(account, settings, environment, way)
+        upper, own = _present(account, settings, environment, bool(generation))
+        binds = check_binds(own.binds)
         if generation:
             identity = run_inside(account, lambda: _known(state, generation))
         else:
-            with (
-                as_user(account),
-                environments.open_store(account, settings) as store,
-                store.open(environment) as opened,
-            ):
-                upper, own = f"{opened.path}/upper", opened.settings.exclude
             done = api.submit(
-                account, upper, state, [*site, *own, *exclude],
+                account, upper, state, [*site, *own.exclude, *exclude],
                 checksum=bool(settings.section("deploy").get("checksum", False)),
                 level=int(settings.section("deploy").get("level", 3)),
             )  # fmt: skip
@@ -105,9 +138,29 @@ def publish(
                 warning = _warning(account, settings, environment, state, done.generation)
     except DeployProblem as error:
         raise TransferError(str(error)) from None
-    reference = Reference(environment, generation, identity, state, way)
+    reference = Reference(environment, generation, identity, state, way, binds)
     variables = {**reference.variables(), **_chosen(settings)}
     return {"variables": variables, "warning": warning}
+
+
+def _present(
+    account: Account, settings: Settings, environment: str, may_be_gone: bool
+) -> tuple[str, EnvironmentSettings]:
+    """The upper of an environment, and what its owner chose for it. Raises EnvironmentProblem.
+
+    `may_be_gone`: its generations may be used when it is no more, or has another name.
+    """
+    try:
+        with (
+            as_user(account),
+            environments.open_store(account, settings) as store,
+            store.open(environment) as opened,
+        ):
+            return f"{opened.path}/upper", opened.settings
+    except NoSuchEnvironment:
+        if not may_be_gone:
+            raise
+        return "", EnvironmentSettings()
 
 
 def _chosen(settings: Settings) -> dict[str, str]:
