@@ -214,7 +214,7 @@ def test_a_symlink_swapped_under_the_daemon(node: Node, alice: User, bob: User) 
         finally:
             os._exit(0)
     try:
-        for _ in range(10):
+        for _ in range(6):
             node.sshd.run(alice, "echo planted > /planted; cat /etc/hostname")
             node.end(alice)
     finally:

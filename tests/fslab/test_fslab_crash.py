@@ -129,4 +129,4 @@ def check(layers: lab.Layers) -> None:
 )
 def test_killed_at_random_points(engine: lab.Engine) -> None:
     with lab.workspace("crash") as base:
-        Crashes(engine, 5, base).run(kills=6)
+        Crashes(engine, 5, base).run(kills=4)

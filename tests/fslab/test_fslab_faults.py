@@ -211,12 +211,12 @@ def test_upper_without_xattrs(engine: lab.Engine, kind: str) -> None:
     """An upper without xattrs, and one without device nodes and rename flags too, as NFS or Lustre
     may be. Deletions are `.wh.` files there."""
     with lab.workspace("without") as base, lab.filesystem(kind, base) as fs:
-        make_lower(base / "lower", 3, xattrs=False)
+        make_lower(base / "lower", 2, xattrs=False)
         without = ("redirect_dir=off", "index=off")
         run = Run(
             engine.with_options("whiteouts=prefix", *without),
             replace(lab.KERNEL, options=("redirect_dir=nofollow", "index=off", "xino=on")),
-            seed=77, areas=3, steps=150, swap=False, lacks=frozenset({"xattr", "fallocate", "devices", "exchange"}),
+            seed=77, areas=2, steps=150, swap=False, lacks=frozenset({"xattr", "fallocate", "devices", "exchange"}),
         )  # fmt: skip
         run.play(base, (base / "lower",), fs, base)
 

@@ -14,7 +14,8 @@ import pytest
 
 from tests.fslab import fslab_lab as lab
 
-NO_WATCH = ("watch=off",)
+#: Every wait of this module is for this time-out then.
+NO_WATCH = ("watch=off", "lower_timeout=0.2")
 ENGINES = lab.chosen(
     lab.RING, lab.PASSTHROUGH, lab.WRITEBACK, lab.PYFUSE3,
     *(e.with_options(*NO_WATCH) for e in lab.chosen(lab.RING, lab.PYFUSE3)),

@@ -60,17 +60,18 @@ def tree(
 
 
 def prepare(lower: Path) -> None:
-    """A repository, C sources, and a tree of many files."""
-    source = lower / "source"
-    source.mkdir(parents=True)
-    for number in range(40):
+    """A repository, C sources, and a tree of many files: each script has a directory of its own."""
+    for name in SCRIPTS:
+        (lower / name).mkdir(parents=True)
+    source = lower / "make"
+    for number in range(PARTS):
         (source / f"part{number}.c").write_text(
             f'#include <stdio.h>\nint part{number}(int x) {{ printf("%d\\n", x); '
             f"return x * {number}; }}\n"
         )
-    names = " ".join(f"part{n}.o" for n in range(40))
+    names = " ".join(f"part{n}.o" for n in range(PARTS))
     (source / "main.c").write_text(
-        "".join(f"int part{n}(int);\n" for n in range(40))
+        "".join(f"int part{n}(int);\n" for n in range(PARTS))
         + "int main(void) { return 0 "
         + "".join(f"+ part{n}({n})" for n in range(3))
         + "; }\n"
@@ -80,7 +81,7 @@ def prepare(lower: Path) -> None:
         "clean:\n\trm -f *.o program\n"
     )
     shell(
-        lower,
+        lower / "git",
         """
         git init -q -b main repository; cd repository
         for round in 1 2 3 4 5 6; do
@@ -93,7 +94,7 @@ def prepare(lower: Path) -> None:
         done
         """,
     )
-    many = lower / "many"
+    many = lower / "tar/many"
     for directory in range(40):
         (many / f"d{directory:03}").mkdir(parents=True)
         for number in range(50):
@@ -101,6 +102,9 @@ def prepare(lower: Path) -> None:
                 f"{directory} {number}\n" * (number % 5)
             )
 
+
+#: Sources that are compiled four times over.
+PARTS = 16
 
 SCRIPTS = {
     "git": """
@@ -112,7 +116,7 @@ SCRIPTS = {
         git checkout -q main; git ls-files -s
         """,
     "make": """
-        cd source; make -s -j4; ./program > out || echo "exit $?"; make -s clean; make -s -j3
+        make -s -j4; ./program > out || echo "exit $?"; make -s clean; make -s -j3
         touch part7.c; make -s; ls *.o | wc -l; cat out; rm out program *.o
         """,
     "sqlite": """
@@ -136,20 +140,34 @@ SCRIPTS = {
 
 
 @dataclass
-class Placed:
-    merged: Path
-    plain: Path
-    mounted: lab.Mounted
+class Done:
+    """What the scripts work on, and what each makes of it on ext4."""
+
+    base: Path
+    lower: Path
+    plain: dict[str, tuple[str, dict[str, tuple[object, ...]]]]
+
+    def on_ext4(self, name: str) -> tuple[str, dict[str, tuple[object, ...]]]:
+        """The script's output and the tree it leaves there."""
+        if name not in self.plain:
+            place = self.base / f"plain-{name}"
+            shutil.copytree(self.lower / name, place, symlinks=True)
+            self.plain[name] = shell(place, SCRIPTS[name]), tree(place, unlike)
+        return self.plain[name]
+
+
+@pytest.fixture(scope="module")
+def done() -> Iterator[Done]:
+    with lab.workspace("programs") as base:
+        prepare(base / "lower")
+        yield Done(base, base / "lower", {})
 
 
 @pytest.fixture(scope="module", params=ENGINES, ids=lambda engine: engine.name)
-def placed(request: pytest.FixtureRequest) -> Iterator[Placed]:
-    with lab.workspace("programs") as base:
-        layers = lab.Layers.make(base)
-        prepare(layers.lowers[0])
-        shutil.copytree(layers.lowers[0], base / "plain-tree", symlinks=True)
-        with lab.mounted(request.param, layers) as mounted:
-            yield Placed(layers.merged, base / "plain-tree", mounted)
+def placed(request: pytest.FixtureRequest, done: Done) -> Iterator[lab.Mounted]:
+    layers = lab.Layers.make(done.base, (done.lower,), f"{request.param.name}-")
+    with lab.mounted(request.param, layers) as mounted:
+        yield mounted
 
 
 def unlike(path: str) -> bool:
@@ -158,10 +176,11 @@ def unlike(path: str) -> bool:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_program(placed: Placed, name: str) -> None:
-    assert shell(placed.merged, SCRIPTS[name]) == shell(placed.plain, SCRIPTS[name])
-    assert tree(placed.merged, unlike) == tree(placed.plain, unlike)
-    placed.mounted.alive()
+def test_program(done: Done, placed: lab.Mounted, name: str) -> None:
+    output, left = done.on_ext4(name)
+    assert shell(placed.point / name, SCRIPTS[name]) == output
+    assert tree(placed.point / name, unlike) == left
+    placed.alive()
 
 
 # -- programs that change the system ------------------------------------------------------------------
@@ -184,7 +203,7 @@ dpkg -s sdee-first | grep -E "^(Status|Version)"; tail -1 /etc/sdee-first.conf
 ls /usr/share/sdee-first | wc -l; dpkg -V sdee-first || true
 dpkg -r sdee-first >/dev/null; ls -d /usr/share/sdee-first /usr/bin/sdee-first 2>&1 || true
 dpkg -P sdee-first >/dev/null; ls /etc/sdee-first.conf 2>&1 || true
-pip="python3 $(ls /usr/share/python-wheels/pip-*.whl)/pip"
+pip="python3 pip"
 $pip install -q --no-index --break-system-packages --root-user-action=ignore ./*.whl
 python3 -c 'import sdee_probe; print(sdee_probe.VALUE)'; sdee-probe
 $pip uninstall -q -y --break-system-packages --root-user-action=ignore sdee_probe
@@ -196,7 +215,13 @@ ldconfig; rm -rf /packages
 
 
 def make_packages(directory: Path) -> None:
-    """Two versions of a Debian package, and a Python wheel."""
+    """Two versions of a Debian package, a Python wheel, and pip."""
+    directory.mkdir()
+    # Compiled: from its archive pip would be compiled anew at each start.
+    (archive,) = Path("/usr/share/python-wheels").glob("pip-*.whl")
+    with zipfile.ZipFile(archive) as pip:
+        pip.extractall(directory, [x for x in pip.namelist() if x.startswith("pip/")])
+    lab.run("python3", "-m", "compileall", "-q", directory / "pip", env=ENVIRONMENT)
     for version, files, name in ((1, 150, "first"), (2, 120, "second")):
         root = directory / f"build{version}"
         for path in ("DEBIAN", "usr/bin", "usr/share/sdee-first", "etc"):
@@ -245,8 +270,7 @@ def change_system(engine: lab.Engine, base: Path, root: Path) -> tuple[str, list
     layers = lab.Layers.make(base, (root,), f"{engine.name}-")
     upper = layers.upper
     assert upper is not None
-    (upper / "packages").mkdir()
-    make_packages(upper / "packages")
+    shutil.copytree(base / "packages", upper / "packages")
     with lab.mounted(engine, layers):
         output = lab.run(
             "unshare", "--mount", "--pid", "--fork", "/bin/sh", "-euc", CHROOT, "sh",
@@ -268,6 +292,7 @@ def over_root() -> Iterator[tuple[Path, Path, tuple[str, list[str]]]]:
         root.mkdir()
         lab.run("mount", "--bind", "--make-private", "/", root)
         try:
+            make_packages(base / "packages")
             yield base, root, change_system(lab.KERNEL, base, root)
         finally:
             lab.detach(root)

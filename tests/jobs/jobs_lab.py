@@ -26,6 +26,16 @@ not_there = [
 ]
 """
 
+#: Asked at once, for it is asked often.
+SEPARATOR = "-- next --"
+LEFT_OVERS = f"""\
+set -e
+for d in /run/sdee/jobs /var/lib/sdee/{{jobs,inbox}}; do ls -A $d 2>/dev/null || true; done
+echo '{SEPARATOR}'; cat /proc/self/mountinfo
+echo '{SEPARATOR}'; sdee node --json
+echo '{SEPARATOR}'; ps -eo args --no-headers
+"""
+
 SDEE_NODES = ("login1", "n1", "n2", "n3")
 
 
@@ -115,8 +125,9 @@ class SdeeCluster(Cluster):
 
     # -- what is left
 
-    def processes(self, node: str) -> list[str]:
-        """Command lines of a node's processes but those of the cluster's own daemons."""
+    @staticmethod
+    def _strangers(listed: str) -> list[str]:
+        """Of command lines of a node's processes, those that are no daemon's of the cluster."""
         own = (
             "slurmd",
             "slurmctld",
@@ -128,28 +139,23 @@ class SdeeCluster(Cluster):
             "sdee_launch.daemon",
         )
         found = []
-        for line in self.run(node, ["ps", "-eo", "args", "--no-headers"]).ok().splitlines():
+        for line in listed.splitlines():
             if not any(word in line.split(" ", 1)[0] or word in line for word in own):
                 found.append(line)
         return found
 
     def left_overs(self, node: str) -> dict[str, object]:
         """All that a job may have left on a node; empty values are well."""
-        inner = self.run(
-            node,
-            "for d in /run/sdee/jobs /var/lib/sdee/{jobs,inbox}; do ls -A $d 2>/dev/null; done",
-        )
-        mounts = self.run(node, ["cat", "/proc/self/mountinfo"]).ok()
-        ps = json.loads(self.run(node, ["sdee", "node", "--json"]).ok())
+        records, mounts, told, listed = self.run(node, LEFT_OVERS).ok().split(f"{SEPARATOR}\n")
         return {
-            "records": inner.out.split(),
+            "records": records.split(),
             "mounts": [
                 x
                 for x in mounts.splitlines()
                 if " - overlay sdee " in x or "fuse.sdeefs sdee " in x
             ],
-            "instances": ps["instances"],
-            "servers": [x for x in self.processes(node) if "sdeefs" in x],
+            "instances": json.loads(told)["instances"],
+            "servers": [x for x in self._strangers(listed) if "sdeefs" in x],
         }
 
     def used_by(self, node: str) -> list[str]:
@@ -162,6 +168,19 @@ class SdeeCluster(Cluster):
         shown = self.run("login1", ["scontrol", "show", "job", "-o", job]).out
         found = [word[9:] for word in shown.split() if word.startswith("JobState=")]
         return found[0] if found else ""
+
+    def wait_job(self, job: str) -> tuple[str, str]:
+        """State and exit code of a job that has ended. (`sbatch -W` looks after 2, 6, 14 s.)"""
+
+        def ended() -> tuple[str, str] | None:
+            shown = self.run("login1", ["scontrol", "show", "job", "-o", job]).ok().split()
+            told = dict(word.split("=", 1) for word in shown if "=" in word)
+            running = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
+            return None if told["JobState"] in running else (told["JobState"], told["ExitCode"])
+
+        found = wait_for(ended, f"the end of job {job}")
+        assert isinstance(found, tuple)
+        return found
 
     def wait_clean(self, patience: float = PATIENCE) -> None:
         """Until no compute node has anything left of any job."""

@@ -78,8 +78,8 @@ def test_full_disk_on_one_node_fails_the_whole_job_with_the_reason(
         (alice.home / "full.sh").write_text(
             "#!/bin/sh\n#SBATCH -N3 -o full.out\ntouch full-batch\n"
         )
-        done = cluster.inside("sbatch -W full.sh", alice.name, "full")
-        assert done.code != 0
+        job = cluster.inside("sbatch --parsable full.sh", alice.name, "full").ok().strip()
+        assert cluster.wait_job(job)[0] == "FAILED"
         out = (alice.home / "full.out").read_text()
         assert "n2" in out
         assert "No space left on device" in out

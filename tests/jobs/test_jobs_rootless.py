@@ -33,9 +33,9 @@ def test_srun_and_sbatch_without_plugin(cluster: SdeeCluster, bob: User) -> None
     (bob.home / "alone.sh").write_text(
         "#!/bin/bash\n#SBATCH -N2 -n2 -o alone.out\ncat /etc/whose\nsdee srun -n2 cat /etc/whose\nexit 4\n"
     )
-    words = ["sdee", "sbatch", "--rootless", "--env", "alone", "-W", "alone.sh"]
-    done = cluster.run("login1", words, bob.name, env=TALK)
-    assert done.code == 4, done
+    words = ["sdee", "sbatch", "--rootless", "--env", "alone", "--parsable", "alone.sh"]
+    job = cluster.run("login1", words, bob.name, env=TALK).ok().strip()
+    assert cluster.wait_job(job) == ("FAILED", "4:0")
     assert (bob.home / "alone.out").read_text() == "rootless\n" * 3
     for node in cluster.computes:
         left = cluster.run(node, f"ls -A {TOP.format(uid=bob.uid)}/{node}").ok().split()

@@ -76,8 +76,9 @@ def test_a_library_in_the_environment_is_on_the_nodes(
 
     script = "#!/bin/bash\n#SBATCH -N3 -n3 -o day.out\nhostname; ls /usr/include/answer.h; srun -N3 cat /usr/include/answer.h; exit 3\n"  # fmt: skip
     (alice.home / "day.sh").write_text(script)
-    done = cluster.inside("sbatch -W day.sh", alice.name, name, options=options, env=how)
-    assert done.code == 3, done
+    submit = "sbatch --parsable day.sh"
+    job = cluster.inside(submit, alice.name, name, options=options, env=how).ok().strip()
+    assert cluster.wait_job(job) == ("FAILED", "3:0")
     out = (alice.home / "day.out").read_text().splitlines()
     assert out == ["n1", "/usr/include/answer.h", *["int answer(void);"] * 3]
 

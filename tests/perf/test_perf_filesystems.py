@@ -30,6 +30,7 @@ def lower(scratch: Path) -> Path:
     trees.repository(lower / "git", trees.tree(scratch / "sources", 30))
     trees.flat(lower / "flat", 500)
     trees.modules(lower, 5)
+    trees.wheel(scratch, 5)
     trees.data_file(lower / "data", 1 << 20)
     return lower
 

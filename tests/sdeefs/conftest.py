@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from sdeefs.control import records
+
 
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 30) -> None:
     """Poll a condition; the test fails with `what` when it doesn't come true in time."""
@@ -91,8 +93,10 @@ class Lab:
         return dict(found)
 
     def pid(self) -> int:
-        """The server's."""
-        return int(str(self.status()["pid"]))
+        """The server's, by its record: the command would take longer."""
+        found = [r["pid"] for r in records() if r.get("merged") == str(self.merged)]
+        (pid,) = filter(alive, found)
+        return int(pid)
 
     def ended(self, pid: int) -> None:
         """Wait until the server has ended."""

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from mount_helpers import syscalls
+from sdeefs import refusals
 from sdeefs.public import (
     Options,
     Refused,
@@ -36,6 +37,21 @@ def running(server: Server) -> Iterator[Server]:
     finally:
         server.stop()
         assert not alive(server.pid)
+
+
+def forked(options: Options) -> tuple[socket.socket, int]:
+    """A server in a fork of this process: the channel that its mount comes by, and its pid."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    pid = os.fork()
+    if not pid:
+        status = 70
+        try:
+            ours.close()
+            status = run_server(options, theirs)
+        finally:
+            os._exit(status)
+    theirs.close()
+    return ours, pid
 
 
 def inside(server: Server, name: str) -> str:
@@ -103,13 +119,20 @@ def test_a_server_that_hangs_is_aborted(options: Options) -> None:
     assert not alive(server.pid)
 
 
-def test_refusals_reach_the_caller(lab: Lab, options: Options) -> None:
+def test_refusals_reach_the_caller(
+    lab: Lab, options: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # How long an ending server is waited for.
+    monkeypatch.setattr(refusals.lock_layers, "__defaults__", (0.5,))
     fds = [os.open(path, os.O_PATH) for path in (lab.lower, lab.upper, lab.work)]
     words = zip(("lowerdir", "upperdir", "workdir"), fds, strict=True)
     again = parse([",".join(f"{word}=/proc/self/fd/{fd}" for word, fd in words)])
     named = f"upper {lab.upper} is in use: process [0-9]+, which serves another mount namespace"
-    with running(start_server(options)), pytest.raises(Refused, match=named):
-        start_server(again, pass_fds=fds)
+    with running(start_server(options)):
+        ours, pid = forked(again)
+        with ours, pytest.raises(Refused, match=named):
+            receive_server(ours, pid)
+        os.waitpid(pid, 0)
     for fd in fds:
         os.close(fd)
     absent = parse([f"lowerdir={lab.place}/absent"])
@@ -130,21 +153,9 @@ def test_layers_by_descriptor(lab: Lab) -> None:
 
 
 def test_in_a_fork_of_a_warm_process(lab: Lab, options: Options) -> None:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    pid = os.fork()
-    if not pid:
-        status = 70
-        try:
-            ours.close()
-            status = run_server(options, theirs)
-        finally:
-            os._exit(status)
-    theirs.close()
-    try:
-        with running(receive_server(ours, pid)) as server:
-            assert Path(inside(server, "file")).read_text() == "of lower\n"
-    finally:
-        ours.close()
+    ours, pid = forked(options)
+    with ours, running(receive_server(ours, pid)) as server:
+        assert Path(inside(server, "file")).read_text() == "of lower\n"
 
 
 def test_nobody_takes_the_mount(options: Options) -> None:

@@ -40,7 +40,10 @@ def text(path: Path) -> str | None:
 def test_changes_of_lower_are_seen(lab: Lab, transport: str, watch: str, path: str) -> None:
     lower, merged = lab.lower, lab.merged
     (lower / "dir" / "deep").mkdir()
-    lab.mount("--transport", transport, "-o", f"watch={watch},{path}")
+    # The second that a lower is believed by default is waited for once.
+    default = watch == "on" or (transport, path) == ("device", "passthrough=on")
+    timeout = "" if default else ",lower_timeout=0.2"
+    lab.mount("--transport", transport, "-o", f"watch={watch},{path}{timeout}")
     told = lab.status()["watched"]
     assert (told is not None and int(str(told)) >= 1) == (watch == "on")
     # Everything that changes below has been asked for before, and is cached.
