@@ -39,6 +39,24 @@ def _daemon() -> Finding:
     return Finding("daemon", True, tried, f"version {reply.get('version')}")
 
 
+def _scheduling() -> list[Finding]:
+    """Whether callers of an environment of sdeefs stay on their CPU (docs/performance.md)."""
+    switch = Path("/proc/sys/kernel/sched_autogroup_enabled")
+    try:
+        grouped = switch.read_text().strip() != "0"
+    except OSError:
+        return []  # a kernel without
+    if not grouped:
+        return [Finding("scheduling", True, f"read {switch}", "callers of sdeefs keep their CPU")]
+    return [
+        Finding(
+            "scheduling", False, f"read {switch}",
+            "sessions are scheduling groups: sdeefs's answers send callers to another CPU",
+            "root: sysctl kernel.sched_autogroup_enabled=0 (it is nothing to the kernel engine)",
+        )
+    ]  # fmt: skip
+
+
 def _settings() -> tuple[Finding, config.Settings]:
     tried = f"read {config.SITE_FILE} and ~/{config.USER_FILE}"
     try:
@@ -79,7 +97,7 @@ def run(options: argparse.Namespace) -> int:
         findings.append(
             Finding("ids", count > 1, "ids of an instance", detail, "see subordinate-ids")
         )
-    findings += probe(place)
+    findings += [*probe(place), *_scheduling()]
     findings += slurm.findings()
     can = modes(findings)
     if options.json:

@@ -285,3 +285,6 @@ def test_status_and_doctor(lab: Lab) -> None:
     done = lab.sdee("doctor", stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout
     assert "rootless mode: fuse" in done.stdout
+    switch = Path("/proc/sys/kernel/sched_autogroup_enabled")
+    grouped = switch.exists() and switch.read_text() != "0\n"
+    assert ("sched_autogroup_enabled=0" in done.stdout) == grouped
