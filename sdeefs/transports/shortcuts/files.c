@@ -133,15 +133,11 @@ static int release_backing(Shortcuts *self, PyObject *node, PyObject *handle)
 int opened(Shortcuts *self, PyObject *node, int fd, const struct stat *st, int writable,
 	   struct fuse_open_out *out)
 {
-	PyObject *extra = SLOT(node, shape.extra_at), *handles, *io, *handle = NULL, *number = NULL, *file = NULL;
+	PyObject *extra = more(node), *handles, *io, *handle = NULL, *number = NULL, *file = NULL;
 	int keep = 0, id = 0, first, rc = FAILED; /* first: the kernel has nothing of it yet */
 
-	if (extra == Py_None) {
-		extra = new_extra();
-		if (!extra)
-			return FAILED;
-		set_slot(node, shape.extra_at, extra);
-	}
+	if (!extra)
+		return FAILED;
 	handles = SLOT(extra, shape.handles);
 	if (PyList_GET_SIZE(handles))
 		io = SLOT(PyList_GET_ITEM(handles, 0), shape.file_io);

@@ -11,19 +11,6 @@ static PyObject *key_of(const struct stat *st)
 	return Py_BuildValue("(iK)", UPPER, (unsigned long long)st->st_ino);
 }
 
-/* Node.more(). Borrowed; NULL with an exception. */
-static PyObject *more(PyObject *node)
-{
-	PyObject *extra = SLOT(node, shape.extra_at);
-
-	if (extra != Py_None)
-		return extra;
-	extra = new_extra();
-	if (extra)
-		set_slot(node, shape.extra_at, extra);
-	return extra;
-}
-
 /* NodeTable.set_key() of a node that has none. Steals `key`. */
 static int set_key(Shortcuts *self, PyObject *node, PyObject *key)
 {

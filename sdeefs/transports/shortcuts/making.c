@@ -14,20 +14,24 @@ struct spot {
 	int directory;	  /* the parent in upper, open */
 };
 
-/* The name stands in the body from one offset to another. The thread makes what it makes as the caller from here
- * on. `spot->name` is the caller's to release. */
-static int ready(Shortcuts *self, struct call *call, Py_ssize_t from, Py_ssize_t to, struct spot *spot)
+/* The request begins with `size` bytes, for `in`, and the name. The thread makes what it makes as the caller from
+ * here on. `spot->name` is the caller's to release. */
+static int ready(Shortcuts *self, struct call *call, void *in, size_t size, struct spot *spot)
 {
+	size_t whole = (size_t)call->length, length = whole > size ? strnlen(call->body + size, whole - size) : 0;
 	PyObject *child;
 	uint32_t uid, gid;
 	int became;
 
 	spot->name = NULL;
-	if (to - from < 1 || to - from > NAME_MAX || changeable(self, call->node, &spot->parent, &spot->directory) ||
+	if (length < 1 || length > NAME_MAX || size + length == whole ||
+	    changeable(self, call->node, &spot->parent, &spot->directory) ||
 	    (slot_int(spot->parent, shape.flags) & (FLAG_ACL_KNOWN | FLAG_ACL_DEFAULT)) != FLAG_ACL_KNOWN ||
 	    stored_ids(&self->upper_owners, call->uid, call->gid, &uid, &gid) < 0)
 		return LEAVE;
-	spot->name = PyBytes_FromStringAndSize(call->body + from, to - from);
+	if (size)
+		memcpy(in, call->body, size);
+	spot->name = PyBytes_FromStringAndSize(call->body + size, (Py_ssize_t)length);
 	if (!spot->name)
 		return FAILED;
 	spot->text = PyBytes_AS_STRING(spot->name);
@@ -51,12 +55,9 @@ int do_create(Shortcuts *self, struct call *call)
 	struct spot spot;
 	int fd = -1, rc;
 
-	if (call->length < (Py_ssize_t)sizeof in)
-		return LEAVE;
-	memcpy(&in, call->body, sizeof in);
-	if (in.mode & 06000)
-		return LEAVE;
-	rc = ready(self, call, sizeof in, call->length - 1, &spot);
+	rc = ready(self, call, &in, sizeof in, &spot);
+	if (!rc && in.mode & 06000)
+		rc = LEAVE;
 	if (!rc) {
 		fd = openat(spot.directory, spot.text,
 			    layer_flags(self, in.flags) | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC,
@@ -114,10 +115,7 @@ int do_mkdir(Shortcuts *self, struct call *call)
 	struct spot spot;
 	int rc;
 
-	if (call->length < (Py_ssize_t)sizeof in)
-		return LEAVE;
-	memcpy(&in, call->body, sizeof in);
-	rc = ready(self, call, sizeof in, call->length - 1, &spot);
+	rc = ready(self, call, &in, sizeof in, &spot);
 	if (!rc && mkdirat(spot.directory, spot.text, in.mode & ~in.umask & 07777) < 0)
 		rc = errno == EEXIST ? LEAVE : errno;
 	if (!rc) {
@@ -138,12 +136,9 @@ int do_mknod(Shortcuts *self, struct call *call)
 	struct spot spot;
 	int rc;
 
-	if (call->length < (Py_ssize_t)sizeof in)
-		return LEAVE;
-	memcpy(&in, call->body, sizeof in);
-	if (S_ISCHR(in.mode) || S_ISBLK(in.mode))
-		return LEAVE;
-	rc = ready(self, call, sizeof in, call->length - 1, &spot);
+	rc = ready(self, call, &in, sizeof in, &spot);
+	if (!rc && (S_ISCHR(in.mode) || S_ISBLK(in.mode)))
+		rc = LEAVE;
 	if (!rc && mknodat(spot.directory, spot.text, in.mode & ~(in.umask & 07777), 0) < 0)
 		rc = errno == EEXIST ? LEAVE : errno;
 	if (!rc)
@@ -154,15 +149,15 @@ int do_mknod(Shortcuts *self, struct call *call)
 
 int do_symlink(Shortcuts *self, struct call *call)
 {
-	size_t length = strnlen(call->body, (size_t)call->length); /* of the name; the target follows */
 	struct found found = { .layer = UPPER };
 	struct spot spot;
-	int rc;
+	const char *target;
+	int rc = ready(self, call, NULL, 0, &spot);
 
-	if ((Py_ssize_t)length + 2 > call->length || call->body[call->length - 1])
-		return LEAVE;
-	rc = ready(self, call, 0, (Py_ssize_t)length, &spot);
-	if (!rc && symlinkat(call->body + length + 1, spot.directory, spot.text) < 0)
+	target = rc ? NULL : call->body + PyBytes_GET_SIZE(spot.name) + 1;
+	if (!rc && (target == call->body + call->length || call->body[call->length - 1]))
+		rc = LEAVE;
+	if (!rc && symlinkat(target, spot.directory, spot.text) < 0)
 		rc = errno == EEXIST ? LEAVE : errno;
 	if (!rc)
 		rc = answer(self, call, &spot, &found);

@@ -274,7 +274,7 @@ int remember(Shortcuts *self, PyObject *directory, long position, int fd)
 }
 
 /* As Extra.__init__ makes it. */
-PyObject *new_extra(void)
+static PyObject *new_extra(void)
 {
 	PyObject *extra = PyType_GenericAlloc(shape.extra, 0), *handles = PyList_New(0);
 
@@ -293,6 +293,19 @@ PyObject *new_extra(void)
 	SLOT(extra, shape.secret) = Py_NewRef(Py_False);
 	SLOT(extra, shape.work_name) = Py_NewRef(Py_None);
 	SLOT(extra, shape.privileged) = Py_NewRef(Py_None);
+	return extra;
+}
+
+/* Node.more(). Borrowed; NULL with an exception. */
+PyObject *more(PyObject *node)
+{
+	PyObject *extra = SLOT(node, shape.extra_at);
+
+	if (extra != Py_None)
+		return extra;
+	extra = new_extra();
+	if (extra)
+		set_slot(node, shape.extra_at, extra);
 	return extra;
 }
 

@@ -7,15 +7,14 @@
 /* A file whose only name goes lives on by descriptor while the kernel holds it: Removal._hold(). */
 int hold(PyObject *node, const struct place *place)
 {
-	PyObject *extra = SLOT(node, shape.extra_at), *number;
+	PyObject *extra, *number;
 	int fd = openat(place->fd, place->name, O_PATH | O_NOFOLLOW | O_CLOEXEC);
 
 	if (fd < 0)
 		return LEAVE;
 	number = PyLong_FromLong(fd);
-	if (number && extra == Py_None && (extra = new_extra()))
-		set_slot(node, shape.extra_at, extra);
-	if (!number || !extra) {
+	extra = number ? more(node) : NULL;
+	if (!extra) {
 		Py_XDECREF(number);
 		close(fd);
 		return FAILED;

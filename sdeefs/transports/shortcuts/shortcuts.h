@@ -138,7 +138,7 @@ PyObject *new_node(Shortcuts *self, PyObject *parent, PyObject *name, const stru
 		   uint64_t shown, PyObject *stamp);
 PyObject *new_directory(Shortcuts *self, PyObject *parent, PyObject *name, const struct stat *st, long layer,
 			PyObject *lowers); /* without descriptors */
-PyObject *new_extra(void);
+PyObject *more(PyObject *node); /* its Extra, made when first needed; borrowed */
 int remember(Shortcuts *self, PyObject *directory, long position, int fd); /* position -1: in upper */
 PyObject *kind_object(unsigned type); /* S_IFMT bits of a d_type; borrowed */
 PyObject *next_number(PyObject *owner, PyObject *attribute); /* and count it up */
