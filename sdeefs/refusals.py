@@ -258,9 +258,9 @@ def _sdeefs_user(path: bytes, noticed: bool) -> str | None:
     from sdeefs.control import records
 
     mounts = {(m.device[1], os.fsdecode(m.point)) for m in read_mounts() if m.fstype == OUR_TYPE}
+    real = os.fsdecode(os.path.realpath(path))
     for record in records():
-        layers = [record.get("upper"), record.get("work")]
-        if os.fsdecode(os.path.realpath(path)) not in layers:
+        if real not in (record.get("upper"), record.get("work")):
             continue
         if (record.get("minor"), record.get("merged")) in mounts:
             where = f"sdeefs on {record.get('merged')} (pid {record.get('pid')})"

@@ -22,6 +22,19 @@ MORE_PATH = "/usr/sbin:/usr/local/sbin:/opt/slurm/sbin:/opt/slurm/bin"
 _BIN_DIRECTORIES = ("/usr/bin", "/usr/local/bin", "/opt/slurm/bin")
 
 
+def which(program: str) -> str | None:
+    """Where a program of Slurm's is, also if PATH doesn't say."""
+    import shutil
+
+    return shutil.which(program, path=f"{os.environ.get('PATH', os.defpath)}:{MORE_PATH}")
+
+
+def mentions(script: str, word: str) -> bool:
+    """Whether a line of a script that is no comment has this word. Raises OSError."""
+    lines = Path(script).read_text(errors="replace").splitlines()
+    return any(word in line and not line.lstrip().startswith("#") for line in lines)
+
+
 def directory() -> Path | None:
     """The directory of slurm.conf, or None where there is no Slurm."""
     named = os.environ.get("SLURM_CONF")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -21,10 +20,8 @@ _MEND = "root: sdee install --slurm (without it: sdee srun, sdee sbatch)"
 def findings() -> list[Finding]:
     """The configuration, our plugin and hooks in it, and munge."""
     place = conf.directory()
-    if place is None:
-        path = f"{os.environ.get('PATH', os.defpath)}:{conf.MORE_PATH}"
-        if not any(shutil.which(name, path=path) for name in _PROGRAMS):
-            return []
+    if place is None and not any(map(conf.which, _PROGRAMS)):
+        return []
     file = (place or Path("/etc/slurm")) / "slurm.conf"
     try:
         text = conf.text_of(file)
@@ -123,13 +120,12 @@ def _calls(value: str, ours: str) -> bool:
             if name == ours:
                 return True
             try:
-                lines = Path(name).read_text(errors="replace").splitlines()
+                if conf.mentions(name, ours):
+                    return True
             except PermissionError:
                 raise
             except OSError:
                 continue
-            if any(ours in line and not line.lstrip().startswith("#") for line in lines):
-                return True
     return False
 
 

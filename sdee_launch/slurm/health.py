@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -133,10 +132,9 @@ def parse_node(text: str) -> tuple[str, str]:
 
 
 def _scontrol(*words: str) -> str:
-    path = f"{os.environ.get('PATH', os.defpath)}:{conf.MORE_PATH}"
     try:
         done = subprocess.run(
-            [shutil.which("scontrol", path=path) or "scontrol", *words],
+            [conf.which("scontrol") or "scontrol", *words],
             capture_output=True, text=True, errors="replace", timeout=SLURM_SECONDS, check=False,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
@@ -164,10 +162,9 @@ def is_ours(path: str) -> bool:
     if os.path.basename(path) == SCRIPT:
         return True
     try:
-        lines = Path(path).read_text(errors="replace").splitlines()
+        return conf.mentions(path, SCRIPT)
     except OSError:
         return False
-    return any(SCRIPT in line and not line.lstrip().startswith("#") for line in lines)
 
 
 def drain_at_once(node: str, why: str) -> str:

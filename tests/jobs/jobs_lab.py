@@ -165,16 +165,18 @@ class SdeeCluster(Cluster):
 
     def job_state(self, job: str) -> str:
         """As the controller has it; COMPLETING is none of a job's end."""
+        return self._shown(job).get("JobState", "")
+
+    def _shown(self, job: str) -> dict[str, str]:
+        """What the controller has of a job; nothing of one that it doesn't know."""
         shown = self.run("login1", ["scontrol", "show", "job", "-o", job]).out
-        found = [word[9:] for word in shown.split() if word.startswith("JobState=")]
-        return found[0] if found else ""
+        return dict(word.split("=", 1) for word in shown.split() if "=" in word)
 
     def wait_job(self, job: str) -> tuple[str, str]:
         """State and exit code of a job that has ended. (`sbatch -W` looks after 2, 6, 14 s.)"""
 
         def ended() -> tuple[str, str] | None:
-            shown = self.run("login1", ["scontrol", "show", "job", "-o", job]).ok().split()
-            told = dict(word.split("=", 1) for word in shown if "=" in word)
+            told = self._shown(job)
             running = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING")
             return None if told["JobState"] in running else (told["JobState"], told["ExitCode"])
 
